@@ -1,0 +1,2 @@
+//! The funtainer executable.
+fn main() {}
