@@ -7,6 +7,7 @@
 mod digest;
 mod error;
 mod id;
+mod image_config;
 mod image_ref;
 mod name;
 mod quantity;
@@ -15,6 +16,7 @@ mod spec;
 pub use digest::{Digest, DigestError};
 pub use error::{ErrorCode, Failure, Fault};
 pub use id::{CallId, IdError, InstanceId, RevisionId};
+pub use image_config::{ImageConfig, LayerId, SignalError, StopSignal};
 pub use image_ref::{ImageRef, ImageRefError, Tag};
 pub use name::{FunctionId, FunctionName, NameError, Namespace, Slug};
 pub use quantity::{ByteSize, QuantityError, format_duration, parse_duration};
