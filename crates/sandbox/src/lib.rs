@@ -1,1 +1,3 @@
-//! Placeholder.
+//! The keeper, zygotes and instances.
+
+pub mod protocol;
