@@ -114,6 +114,6 @@ impl Upstream {
 }
 
 fn broken(error: hyper::Error) -> InvokeError {
-    let of_caller = std::error::Error::source(&error).is_some_and(|source| source.is::<BodyError>());
+    let of_caller = std::error::Error::source(&error).and_then(|source| source.downcast_ref::<BodyError>()).is_some();
     if of_caller { InvokeError::CallerGone(error.into()) } else { InvokeError::Broken(error.into()) }
 }

@@ -242,8 +242,8 @@ pub fn plan(config: &ImageConfig, files: &dyn ImageFiles, spec: &FunctionSpec) -
 }
 
 fn argv(config: &ImageConfig, spec: &FunctionSpec) -> Result<Vec<String>, PlanError> {
-    let args = spec.args.as_ref().unwrap_or(&config.cmd);
-    let argv: Vec<_> = config.entrypoint.iter().chain(args).cloned().collect();
+    let rest = spec.args.as_ref().unwrap_or(&config.cmd);
+    let argv: Vec<_> = config.entrypoint.iter().chain(rest).cloned().collect();
     if argv.is_empty() {
         return Err(PlanError::NoCommand);
     }
