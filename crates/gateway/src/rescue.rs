@@ -6,7 +6,7 @@ use funtainer_engine::InvokeFailure;
 use funtainer_model::{CallId, ErrorCode, Failure, Fault};
 use http::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, RETRY_AFTER};
 use http::{Response, StatusCode};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::body::Body;
 
@@ -40,7 +40,7 @@ pub(crate) enum Reader {
 }
 
 /// What failed, ready to be answered.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Rescue {
     /// What happened.
     pub(crate) failure: Failure,
@@ -50,17 +50,24 @@ pub(crate) struct Rescue {
     pub(crate) allow: Option<HeaderValue>,
 }
 
-/// A failure as RFC 9457 writes it; also the last line of a stream of events.
-#[derive(Debug, Serialize)]
-pub(crate) struct Problem<'a> {
-    r#type: String,
-    title: &'static str,
-    status: u16,
-    detail: &'a str,
-    code: ErrorCode,
-    hint: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    call_id: Option<String>,
+/// A failure as RFC 9457 writes it. Also the last line of a stream of events, and the last frame of a run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// `urn:funtainer:error:` and the code.
+    pub r#type: String,
+    /// The same few words for every failure of the code.
+    pub title: String,
+    /// HTTP status.
+    pub status: u16,
+    /// One sentence with the object.
+    pub detail: String,
+    /// The stable code.
+    pub code: ErrorCode,
+    /// What to do next.
+    pub hint: String,
+    /// As in the header `X-Call-Id`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub call_id: Option<CallId>,
 }
 
 impl From<Failure> for Rescue {
@@ -88,7 +95,15 @@ impl From<&InvokeFailure> for Rescue {
 impl Rescue {
     /// The answer.
     pub(crate) fn answer(&self, occasion: Occasion, reader: Reader, id: CallId) -> Response<Body> {
-        let status = status(self.failure.code, occasion);
+        let (status, headers, body) = self.parts(occasion, reader, id);
+        let mut response = Response::new(Body::full(body));
+        *response.status_mut() = status;
+        *response.headers_mut() = headers;
+        response
+    }
+
+    /// The answer, in parts.
+    pub(crate) fn parts(&self, occasion: Occasion, reader: Reader, id: CallId) -> (StatusCode, HeaderMap, Vec<u8>) {
         let (media_type, body) = match reader {
             Reader::Person => {
                 let Failure { code, detail, hint } = &self.failure;
@@ -99,9 +114,7 @@ impl Rescue {
                 (PROBLEM_JSON, serde_json::to_vec(&problem).expect("texts and numbers are always JSON"))
             }
         };
-        let mut response = Response::new(Body::full(body));
-        *response.status_mut() = status;
-        let headers = response.headers_mut();
+        let mut headers = HeaderMap::new();
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
         headers.insert(ERROR_CODE, HeaderValue::from_static(self.failure.code.as_str()));
         headers.insert(CALL_ID, call_id_value(id));
@@ -111,7 +124,7 @@ impl Rescue {
         if let Some(allow) = &self.allow {
             headers.insert(ALLOW, allow.clone());
         }
-        response
+        (status(self.failure.code, occasion), headers, body)
     }
 
     /// Says it in the log, once: platform's faults as errors, functions' as warnings, callers' only when asked for.
@@ -126,16 +139,16 @@ impl Rescue {
     }
 }
 
-impl<'a> Problem<'a> {
-    pub(crate) fn new(failure: &'a Failure, occasion: Occasion, id: Option<CallId>) -> Self {
+impl Problem {
+    pub(crate) fn new(failure: &Failure, occasion: Occasion, id: Option<CallId>) -> Self {
         Self {
             r#type: format!("urn:funtainer:error:{}", failure.code),
-            title: failure.code.title(),
+            title: failure.code.title().to_owned(),
             status: status(failure.code, occasion).as_u16(),
-            detail: &failure.detail,
+            detail: failure.detail.clone(),
             code: failure.code,
-            hint: &failure.hint,
-            call_id: id.map(|id| id.to_string()),
+            hint: failure.hint.clone(),
+            call_id: id,
         }
     }
 }
@@ -147,7 +160,8 @@ impl Reader {
         for range in headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')) {
             let mut parts = range.split(';').map(str::trim);
             let media_type = parts.next().unwrap_or_default();
-            let quality = parts.find_map(|part| part.strip_prefix("q=").or_else(|| part.strip_prefix("Q="))).map_or(1000, quality);
+            let quality =
+                parts.find_map(|part| part.strip_prefix("q=").or_else(|| part.strip_prefix("Q="))).map_or(1000, quality);
             let is = |names: &[&str]| names.iter().any(|name| media_type.eq_ignore_ascii_case(name));
             if is(&[PROBLEM_JSON, "application/json", "application/*", "application/x-ndjson"]) {
                 program = program.max(quality);

@@ -11,7 +11,9 @@ use std::sync::Arc;
 use funtainer_contract::{Call, CallBody};
 use funtainer_engine::{Cold, Engine, Invoked};
 use funtainer_model::{CallId, ErrorCode, Failure};
-use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE};
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE,
+};
 use http::uri::PathAndQuery;
 use http::{Method, Request, Response, Uri, Version};
 use hyper::body::{Body as _, Incoming};
@@ -66,19 +68,25 @@ impl Door {
 }
 
 /// Answers one request. Never fails: what goes wrong is an answer.
-pub(crate) async fn answer(gateway: &Gateway, door: &Door, wire: &Arc<WireState>, request: Request<Incoming>) -> Response<Body> {
+pub(crate) async fn answer(
+    gateway: &Gateway,
+    door: &Door,
+    wire: &Arc<WireState>,
+    request: Request<Incoming>,
+) -> Response<Body> {
     let id = crate::call_id::new();
     let reader = door.reader(request.headers());
-    let fate = Framing::of(&request, wire);
+    let framing = Framing::of(&request, wire);
     let busy = wire.busy();
-    let result = match fate {
+    let ends_here = !matches!(framing, Framing::Certain);
+    let result = match framing {
         Framing::Refused(failure) => Err((Rescue::from(failure), Occasion::Call)),
         Framing::Certain | Framing::Uncertain => dispatch(gateway, door, id, request).await,
     };
     let mut response = result.unwrap_or_else(|(rescue, occasion)| rescue.answer(occasion, reader, id));
     let headers = response.headers_mut();
     headers.insert(CALL_ID, call_id_value(id));
-    if !matches!(fate, Framing::Certain) {
+    if ends_here {
         headers.insert(CONNECTION, HeaderValue::from_static("close"));
     }
     response.map(|body| body.while_busy(busy))

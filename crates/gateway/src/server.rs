@@ -33,7 +33,7 @@ use tokio::time::Instant;
 
 use crate::api;
 use crate::route::{Door, Gateway};
-pub(crate) use connection::{Tunnel, TunnelSlot};
+pub(crate) use connection::{TunnelSlot, TunnelStream};
 pub(crate) use wire::{Busy, WireState};
 
 /// Longest head of a request in bytes, request line included. Eight times what most servers take; large values belong into bodies.

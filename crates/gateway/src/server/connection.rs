@@ -8,8 +8,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use funtainer_model::{ErrorCode, Failure};
-use http::Response;
-use http_body_util::BodyExt;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -17,7 +15,6 @@ use tokio::sync::watch;
 
 use super::wire::{Wire, WireState};
 use super::{HEAD_BYTES_MAX, HEAD_TIMEOUT, Stop};
-use crate::body::Body;
 use crate::rescue::{Occasion, Reader, Rescue};
 use crate::route::{self, Door, Gateway};
 
@@ -130,11 +127,9 @@ pub(super) fn refusal(failure: Failure) -> Vec<u8> {
     let id = crate::call_id::new();
     let rescue = Rescue::from(failure);
     rescue.log(id, None);
-    let (head, body) = rescue.answer(Occasion::Call, Reader::Person, id).into_parts();
-    let body = whole(body);
-    let status = head.status;
+    let (status, headers, body) = rescue.parts(Occasion::Call, Reader::Person, id);
     let mut bytes = format!("HTTP/1.1 {} {}\r\n", status.as_u16(), status.canonical_reason().unwrap_or_default()).into_bytes();
-    for (name, value) in &head.headers {
+    for (name, value) in &headers {
         bytes.extend_from_slice(&[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
     }
     bytes.extend_from_slice(format!("content-length: {}\r\nconnection: close\r\n\r\n", body.len()).as_bytes());

@@ -61,8 +61,9 @@ impl WireState {
     /// Where heads are pipelined, nothing was read and the answer is no.
     pub(crate) fn head_has(&self, name: &[u8]) -> bool {
         let head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
-        head.split(|byte| *byte == b'\n')
-            .any(|line| line.get(..name.len()).is_some_and(|start| start.eq_ignore_ascii_case(name)) && line.get(name.len()) == Some(&b':'))
+        head.split(|byte| *byte == b'\n').any(|line| {
+            line.get(..name.len()).is_some_and(|start| start.eq_ignore_ascii_case(name)) && line.get(name.len()) == Some(&b':')
+        })
     }
 
     /// Whether what was read since the last call ended starts with `method` and a space: the head that was parsed last is there whole.
@@ -195,7 +196,11 @@ mod tests {
     #[test]
     fn fields_of_a_head_are_found_by_line() {
         let state = WireState::default();
-        state.head.lock().unwrap().extend_from_slice(b"POST / HTTP/1.1\r\nContent-Length: 3\r\nX: transfer-encoding: x\r\n\r\n");
+        state
+            .head
+            .lock()
+            .unwrap()
+            .extend_from_slice(b"POST / HTTP/1.1\r\nContent-Length: 3\r\nX: transfer-encoding: x\r\n\r\n");
         assert!(state.head_has(b"content-length"));
         assert!(!state.head_has(b"transfer-encoding"));
     }
