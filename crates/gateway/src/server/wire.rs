@@ -186,7 +186,7 @@ mod tests {
     #[test]
     fn bare_answers_are_found_at_the_end_only() {
         assert_eq!(bare_answer(BARE), Some(0));
-        assert_eq!(bare_answer(&[b"HTTP/1.1 200 OK\r\nx-call-id: 1\r\ncontent-length: 2\r\n\r\nhi", BARE].concat()), Some(53));
+        assert_eq!(bare_answer(&[b"HTTP/1.1 200 OK\r\nx-call-id: 1\r\ncontent-length: 2\r\n\r\nhi", BARE].concat()), Some(54));
         assert_eq!(bare_answer(&[BARE, b"x"].concat()), None);
         assert_eq!(bare_answer(b"HTTP/1.1 404 Not Found\r\nX-Call-Id: 1\r\ncontent-length: 0\r\n\r\n"), None);
         assert_eq!(bare_answer(b""), None);
