@@ -3,6 +3,7 @@
 pub mod native;
 pub mod run;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use axum::Router;
@@ -17,9 +18,9 @@ use tower_service::Service;
 use crate::body::Body;
 use crate::rescue::{Occasion, Reader, Rescue};
 
-/// All APIs.
-pub(crate) fn router(engine: Arc<Engine>) -> Router {
-    native::router(engine)
+/// All APIs. `calls` is where functions are called by TCP.
+pub(crate) fn router(engine: Arc<Engine>, calls: Option<SocketAddr>) -> Router {
+    native::router(engine, calls)
 }
 
 /// Answers a request to the admin socket that is no call.

@@ -64,7 +64,8 @@ enum Stop {
 
 /// Starts to serve calls on `listeners` and everything on `admin`.
 pub fn serve(engine: Arc<Engine>, listeners: Vec<StdTcpListener>, admin: StdUnixListener) -> io::Result<Server> {
-    let gateway = Arc::new(Gateway { api: api::router(Arc::clone(&engine)), engine });
+    let calls = listeners.first().map(StdTcpListener::local_addr).transpose()?;
+    let gateway = Arc::new(Gateway { api: api::router(Arc::clone(&engine), calls), engine });
     let (stop, stopped) = watch::channel(Stop::Not);
     admin.set_nonblocking(true)?;
     let admin = tokio::spawn(accept_loop(UnixListener::from_std(admin)?, Arc::clone(&gateway), stopped.clone()));

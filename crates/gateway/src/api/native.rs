@@ -22,13 +22,14 @@ mod types;
 
 use std::future::Future;
 use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-use axum::Router;
 use axum::body::Body;
 use axum::extract::{FromRequestParts, Path, Query, Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::{Extension, Router};
 use bytes::{BufMut, Bytes, BytesMut};
 use funtainer_engine::Engine;
 use funtainer_engine::backend::{Progress, ProgressSink};
@@ -67,7 +68,11 @@ const ARCHIVE_CHUNKS_WAITING_MAX: usize = 4;
 type Answer = Result<Response, Failed>;
 type Context = State<Arc<Engine>>;
 
-pub(super) fn router(engine: Arc<Engine>) -> Router {
+/// What `GET /version` says of the place where functions are called.
+#[derive(Debug, Clone)]
+struct CallsUrl(Option<String>);
+
+pub(super) fn router(engine: Arc<Engine>, calls: Option<SocketAddr>) -> Router {
     Router::new()
         .route("/version", get(version))
         .route("/functions", get(list).post(deploy))
@@ -80,11 +85,12 @@ pub(super) fn router(engine: Arc<Engine>) -> Router {
         .route("/run", post(super::run::run))
         .fallback(unknown_path)
         .method_not_allowed_fallback(method_not_allowed)
+        .layer(Extension(CallsUrl(calls.map(|address| format!("http://{}", reachable(address))))))
         .with_state(engine)
 }
 
-async fn version() -> Answer {
-    Ok(json(&Version { version: env!("CARGO_PKG_VERSION").to_owned(), api: API_VERSION, pid: std::process::id() }))
+async fn version(Extension(CallsUrl(url)): Extension<CallsUrl>) -> Answer {
+    Ok(json(&Version { version: env!("CARGO_PKG_VERSION").to_owned(), api: API_VERSION, pid: std::process::id(), url }))
 }
 
 async fn list(State(engine): Context) -> Answer {
@@ -155,6 +161,14 @@ async fn import(State(engine): Context, request: Request) -> Answer {
         Ok(Imported { images: images.into_iter().map(Image::from).collect() })
     };
     form.answer(import).await
+}
+
+/// An address to connect to for a listener that is on all of them.
+fn reachable(mut address: SocketAddr) -> SocketAddr {
+    if address.ip().is_unspecified() {
+        address.set_ip(if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() });
+    }
+    address
 }
 
 async fn unknown_path(uri: Uri) -> Answer {

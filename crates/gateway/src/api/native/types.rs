@@ -126,6 +126,8 @@ pub struct Version {
     pub api: u32,
     /// Of the process that answers.
     pub pid: u32,
+    /// Where functions are called: `http://ADDRESS`; none where the server has no TCP listener.
+    pub url: Option<String>,
 }
 
 /// A function as it is now.
