@@ -12,7 +12,7 @@ use crate::owner::{describe_exit, ended};
 use crate::per_call::{self, Command, Live};
 use crate::revision::{Ground, Instances, Revision};
 use crate::route::Function;
-use crate::throttle::{Permit, Refusal};
+use crate::throttle::{Permit, Refusal, Waited};
 
 /// How often a call is given to an instance that turns out not to accept connections: to one that has just died, to the one that
 /// takes its place, and once more. Nothing of it was delivered before.
@@ -150,7 +150,7 @@ impl Engine {
             let revision = function.current.load_full();
             let limit = revision.record.spec.timeouts.call;
             let attempt = Attempt { ground: &shared.ground, function: &function, revision: &revision, arrival, limit };
-            let Some(permit) = attempt.slot(admitted).await? else {
+            let Some((permit, waited)) = attempt.slot(admitted).await? else {
                 if function.is_removed() {
                     return Err(InvokeFailure::Removed(function.id.clone()));
                 }
@@ -163,7 +163,7 @@ impl Engine {
             if let Instances::PerCall(live) = &revision.instances {
                 return attempt.fresh(live, permit, call).await;
             }
-            match attempt.lasting(permit, call).await {
+            match attempt.lasting(permit, waited, call).await {
                 Ok(invoked) => return Ok(invoked),
                 Err(InvokeFailure::Invoke { source: InvokeError::NotDelivered { call: same, source }, function, exit }) => {
                     deliveries += 1;
@@ -194,10 +194,10 @@ impl Attempt<'_> {
     }
 
     /// A slot; `None` if the revision takes no calls any more.
-    async fn slot(&self, admitted: bool) -> Result<Option<Permit>, InvokeFailure> {
+    async fn slot(&self, admitted: bool) -> Result<Option<(Permit, Waited)>, InvokeFailure> {
         let (function, limit) = (self.function.id.clone(), self.limit);
         match timeout_at(self.deadline(), self.revision.throttle.acquire(admitted)).await {
-            Ok(Ok(permit)) => Ok(Some(permit)),
+            Ok(Ok(granted)) => Ok(Some(granted)),
             Ok(Err(Refusal::Retired)) => Ok(None),
             Ok(Err(Refusal::Full { waiting })) => Err(InvokeFailure::QueueFull { function, waiting }),
             Ok(Err(Refusal::Failed(failure))) => Err(InvokeFailure::Start { function, failure }),
@@ -206,9 +206,10 @@ impl Attempt<'_> {
     }
 
     /// A call to an instance that serves many.
-    async fn lasting(&self, permit: Permit, call: Call) -> Result<Invoked, InvokeFailure> {
+    async fn lasting(&self, permit: Permit, waited: Waited, call: Call) -> Result<Invoked, InvokeFailure> {
         let slot = Arc::clone(permit.slot());
-        let cold = slot.phases.filter(|_| slot.ready_at > self.arrival).map(|phases| self.cold(phases, slot.ready_at));
+        let started_for_it = waited == Waited::Yes && slot.ready_at >= self.arrival;
+        let cold = slot.phases.filter(|_| started_for_it).map(|phases| self.cold(phases, slot.ready_at));
         let Some(client) = &slot.client else {
             let failure = Failure::new(ErrorCode::Internal, format!("instance {} cannot be reached", slot.instance));
             return Err(InvokeFailure::Start { function: self.function.id.clone(), failure });

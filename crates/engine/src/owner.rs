@@ -280,7 +280,7 @@ impl Owner {
             }
             Effect::Open(key) => {
                 if let Some(slot) = self.members.get(&key).and_then(|member| member.slot.clone()) {
-                    self.throttle.open(slot);
+                    self.throttle.open(&slot);
                     self.throttle.serve_queue();
                 }
             }

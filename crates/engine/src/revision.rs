@@ -100,7 +100,7 @@ impl Revision {
                     phases: None,
                     capacity: spec.scale.max,
                 };
-                throttle.open(Slot::new(parts, &throttle));
+                throttle.open(&Slot::new(parts, &throttle));
                 Instances::PerCall(Arc::default())
             }
         };

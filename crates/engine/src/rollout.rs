@@ -109,21 +109,17 @@ async fn deploy_in_turn(shared: &Arc<Shared>, spec: FunctionSpec, progress: &Pro
         shared.store.deploy(trial.revision.record.clone()).await.map_err(|error| error.failure())?;
         last_error.store(None);
         let revision = trial.succeed();
-        let function = match existing {
-            Some(function) => {
-                // Active before the switch, so that it can start what the calls need.
-                revision.activate();
-                let former = function.switch(revision);
-                let drain_until = Instant::now() + former.record.spec.timeouts.call;
-                drop(former.retire(&shared.ground, drain_until, STOP_GRACE));
-                function
-            }
-            None => {
-                revision.activate();
-                let function = Function::new(revision, last_error);
-                shared.routes.rcu(|routes| routes.with(&function));
-                function
-            }
+        // Before the switch, so that it can start what the calls need.
+        revision.activate();
+        let function = if let Some(function) = existing {
+            let former = function.switch(revision);
+            let drain_until = Instant::now() + former.record.spec.timeouts.call;
+            drop(former.retire(&shared.ground, drain_until, STOP_GRACE));
+            function
+        } else {
+            let function = Function::new(revision, last_error);
+            shared.routes.rcu(|routes| routes.with(&function));
+            function
         };
         Ok(function.view())
     });

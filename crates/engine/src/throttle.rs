@@ -89,6 +89,13 @@ pub(crate) struct Permit {
     slot: Arc<Slot>,
 }
 
+/// Whether a call was in the queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Waited {
+    Yes,
+    No,
+}
+
 /// Why there is no slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Refusal {
@@ -167,11 +174,11 @@ impl Throttle {
 
     /// A slot at once, or as soon as it is this call's turn. `admitted` calls have been in a queue of this function before: they are
     /// never refused for its length. Dropping the future leaves the queue.
-    pub(crate) async fn acquire(self: &Arc<Self>, admitted: bool) -> Result<Permit, Refusal> {
+    pub(crate) async fn acquire(self: &Arc<Self>, admitted: bool) -> Result<(Permit, Waited), Refusal> {
         if self.waiting.load(Ordering::SeqCst) == 0
             && let Some(permit) = self.try_acquire()
         {
-            return Ok(permit);
+            return Ok((permit, Waited::No));
         }
         let (place, granted) = self.enter(admitted)?;
         self.serve_queue();
@@ -181,14 +188,14 @@ impl Throttle {
         let answer = granted.await;
         drop(place);
         // The sender is never dropped unused while the throttle lives, and `self` is alive.
-        answer.unwrap_or(Err(Refusal::Retired))
+        answer.unwrap_or(Err(Refusal::Retired)).map(|permit| (permit, Waited::Yes))
     }
 
     /// Adds an instance.
-    pub(crate) fn open(&self, slot: Arc<Slot>) {
+    pub(crate) fn open(&self, slot: &Arc<Slot>) {
         self.slots.rcu(|slots| {
             let mut slots = Vec::clone(slots);
-            slots.push(Arc::clone(&slot));
+            slots.push(Arc::clone(slot));
             slots
         });
     }
