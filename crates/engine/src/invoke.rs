@@ -1,13 +1,24 @@
 //! One call: from a name to an answer.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use funtainer_contract::{Answer, Call, InvokeError, StartPhases};
+use funtainer_contract::{Answer, Call, ExitFuture, ExitReport, InvokeError, StartPhases, stdio};
 use funtainer_model::{ErrorCode, Failure, FunctionId};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::engine::Engine;
+use crate::owner::{describe_exit, ended};
+use crate::per_call::{self, Command, Live};
+use crate::revision::{Ground, Instances, Revision};
+use crate::route::Function;
+use crate::throttle::{Permit, Refusal, Waited};
 
+/// How often a call is given to an instance that turns out not to accept connections: to one that has just died, to the one that
+/// takes its place, and once more. Nothing of it was delivered before.
+const DELIVERIES_MAX: u32 = 3;
+/// How long a failed call waits for the reason: an instance that died is reaped within milliseconds.
+const EXIT_WAIT: Duration = Duration::from_millis(100);
 /// Seconds that a refused caller is asked to wait: an instance starts in milliseconds, and a call of average length frees a slot.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -81,7 +92,7 @@ pub enum InvokeFailure {
         #[source]
         source: InvokeError,
         /// What its end tells, where the instance ended.
-        exit: Option<funtainer_contract::ExitReport>,
+        exit: Option<ExitReport>,
     },
     /// The platform stops.
     #[error("the server is stopping")]
@@ -100,7 +111,7 @@ impl InvokeFailure {
             Self::Start { failure, .. } => {
                 return Failure { code: failure.code, detail: self.to_string(), hint: failure.hint.clone() };
             }
-            Self::Invoke { .. } => ErrorCode::FunctionFailed,
+            Self::Invoke { function, source, exit } => return invoke_failure(function, source, exit.as_ref()),
             Self::ShuttingDown => ErrorCode::ShuttingDown,
         };
         Failure::new(code, self.to_string())
@@ -115,11 +126,144 @@ impl InvokeFailure {
     }
 }
 
+fn invoke_failure(function: &FunctionId, source: &InvokeError, exit: Option<&ExitReport>) -> Failure {
+    let Some(exit) = exit else {
+        let failure = source.failure();
+        return Failure { detail: format!("function '{function}': {}", failure.detail), ..failure };
+    };
+    let code = if exit.out_of_memory { ErrorCode::OutOfMemory } else { ErrorCode::FunctionFailed };
+    Failure::new(code, format!("function '{function}' broke off before an answer: its instance {}", describe_exit(exit)))
+}
+
 impl Engine {
     /// Calls the function `name`: its slug, or its canonical name in the namespace `default`. Streams are polled on the runtime
     /// that polls this. Dropping the future or the answer ends the call.
-    pub async fn invoke(&self, name: &str, call: Call) -> Result<Invoked, InvokeFailure> {
-        let _ = call;
-        Err(InvokeFailure::Unknown(name.to_owned()))
+    pub async fn invoke(&self, name: &str, mut call: Call) -> Result<Invoked, InvokeFailure> {
+        let shared = self.shared();
+        if shared.is_closing() {
+            return Err(InvokeFailure::ShuttingDown);
+        }
+        let function = shared.routes.load().find(name).cloned().ok_or_else(|| InvokeFailure::Unknown(name.to_owned()))?;
+        let arrival = Instant::now();
+        let (mut admitted, mut deliveries) = (false, 0);
+        loop {
+            let revision = function.current.load_full();
+            let limit = revision.record.spec.timeouts.call;
+            let attempt = Attempt { ground: &shared.ground, function: &function, revision: &revision, arrival, limit };
+            let Some((permit, waited)) = attempt.slot(admitted).await? else {
+                if function.is_removed() {
+                    return Err(InvokeFailure::Removed(function.id.clone()));
+                }
+                if shared.is_closing() {
+                    return Err(InvokeFailure::ShuttingDown);
+                }
+                admitted = true;
+                continue;
+            };
+            if let Instances::PerCall(live) = &revision.instances {
+                return attempt.fresh(live, permit, call).await;
+            }
+            match attempt.lasting(permit, waited, call).await {
+                Ok(invoked) => return Ok(invoked),
+                Err(InvokeFailure::Invoke { source: InvokeError::NotDelivered { call: same, source }, function, exit }) => {
+                    deliveries += 1;
+                    if deliveries == DELIVERIES_MAX {
+                        let source = InvokeError::NotDelivered { call: same, source };
+                        return Err(InvokeFailure::Invoke { function, source, exit });
+                    }
+                    (call, admitted) = (*same, true);
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
+    }
+}
+
+/// One try of a call at one revision.
+struct Attempt<'a> {
+    ground: &'a Ground,
+    function: &'a Function,
+    revision: &'a Revision,
+    arrival: Instant,
+    limit: Duration,
+}
+
+impl Attempt<'_> {
+    fn deadline(&self) -> Instant {
+        self.arrival + self.limit
+    }
+
+    /// A slot; `None` if the revision takes no calls any more.
+    async fn slot(&self, admitted: bool) -> Result<Option<(Permit, Waited)>, InvokeFailure> {
+        let (function, limit) = (self.function.id.clone(), self.limit);
+        match timeout_at(self.deadline(), self.revision.throttle.acquire(admitted)).await {
+            Ok(Ok(granted)) => Ok(Some(granted)),
+            Ok(Err(Refusal::Retired)) => Ok(None),
+            Ok(Err(Refusal::Full { waiting })) => Err(InvokeFailure::QueueFull { function, waiting }),
+            Ok(Err(Refusal::Failed(failure))) => Err(InvokeFailure::Start { function, failure }),
+            Err(_) => Err(InvokeFailure::QueueTimeout { function, limit }),
+        }
+    }
+
+    /// A call to an instance that serves many.
+    async fn lasting(&self, permit: Permit, waited: Waited, call: Call) -> Result<Invoked, InvokeFailure> {
+        let slot = Arc::clone(permit.slot());
+        let started_for_it = waited == Waited::Yes && slot.ready_at >= self.arrival;
+        let cold = slot.phases.filter(|_| started_for_it).map(|phases| self.cold(phases, slot.ready_at));
+        let Some(client) = &slot.client else {
+            let failure = Failure::new(ErrorCode::Internal, format!("instance {} cannot be reached", slot.instance));
+            return Err(InvokeFailure::Start { function: self.function.id.clone(), failure });
+        };
+        match timeout_at(self.deadline(), client.invoke(call)).await {
+            Ok(Ok(answer)) => {
+                slot.note_served();
+                Ok(self.invoked(answer, cold, Box::new(permit)))
+            }
+            Ok(Err(source)) => {
+                if !source.was_delivered() {
+                    self.revision.unreachable(&slot);
+                }
+                drop(permit);
+                Err(self.failed(source, slot.exit.clone()).await)
+            }
+            Err(_) => Err(InvokeFailure::Timeout { function: self.function.id.clone(), limit: self.limit }),
+        }
+    }
+
+    /// A call with an instance of its own.
+    async fn fresh(&self, live: &Arc<Live>, permit: Permit, call: Call) -> Result<Invoked, InvokeFailure> {
+        let function = || self.function.id.clone();
+        let timed_out = |_| InvokeFailure::Timeout { function: function(), limit: self.limit };
+        let starting = per_call::start(self.ground, &self.revision.start, live, Some(permit), None);
+        let started = timeout_at(self.deadline(), starting).await.map_err(timed_out)?;
+        let Command { streams, phases, exit, running } = started.map_err(|failure| {
+            self.function.last_error.store(Some(Arc::new(failure.clone())));
+            InvokeFailure::Start { function: function(), failure }
+        })?;
+        let cold = self.cold(phases, Instant::now());
+        match timeout_at(self.deadline(), stdio::invoke(call, streams, exit)).await.map_err(timed_out)? {
+            Ok(answer) => Ok(self.invoked(answer, Some(cold), Box::new(running))),
+            Err(source) => Err(self.failed(source, None).await),
+        }
+    }
+
+    /// What a call that could go on at `ready_at` has waited for.
+    fn cold(&self, phases: StartPhases, ready_at: Instant) -> Cold {
+        let waited = ready_at.saturating_duration_since(self.arrival);
+        Cold { queue: waited.saturating_sub(phases.sandbox + phases.exec + phases.ready), phases }
+    }
+
+    fn invoked(&self, answer: Answer, cold: Option<Cold>, guard: Box<dyn Send>) -> Invoked {
+        let response = answer.response.map(|body| body.with_guard(guard));
+        Invoked { answer: Answer { response }, cold, deadline: self.deadline() }
+    }
+
+    /// The failure with what the end of the instance tells, where it comes at once.
+    async fn failed(&self, source: InvokeError, exit: Option<ExitFuture>) -> InvokeFailure {
+        let exit = match exit {
+            Some(exit) if matches!(source, InvokeError::Broken(_)) => timeout(EXIT_WAIT, ended(exit)).await.ok(),
+            _ => None,
+        };
+        InvokeFailure::Invoke { function: self.function.id.clone(), source, exit }
     }
 }

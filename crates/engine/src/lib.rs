@@ -16,9 +16,17 @@
 
 pub mod backend;
 mod engine;
+mod fleet;
 mod instance;
 mod invoke;
+mod owner;
+mod per_call;
+mod revision;
+mod rollout;
+mod route;
 mod run;
+mod store;
+mod throttle;
 mod view;
 
 pub use engine::{Engine, Settings};
