@@ -12,3 +12,6 @@ pub mod seccomp;
 pub mod step;
 pub mod title;
 pub mod userns;
+
+#[cfg(test)]
+mod testing;

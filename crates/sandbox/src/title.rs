@@ -35,8 +35,8 @@ impl Title {
     /// No other thread may run, and no pointer into the arguments or the environment (as `getenv` of C returns it) may be kept.
     /// `std::env::args` is safe to use before, not after: it reads the area.
     pub unsafe fn prepare() -> Result<Self, TitleError> {
-        let stat = std::fs::read_to_string("/proc/self/stat").map_err(TitleError::Read)?;
-        let (start, length) = area(&stat).ok_or(TitleError::Unknown)?;
+        let fields = std::fs::read_to_string("/proc/self/stat").map_err(TitleError::Read)?;
+        let (start, length) = area(&fields).ok_or(TitleError::Unknown)?;
         for (name, value) in std::env::vars_os() {
             // SAFETY: the caller promises that no other thread runs. The C library copies the value.
             unsafe { std::env::set_var(name, value) };
