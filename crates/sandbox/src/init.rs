@@ -197,7 +197,8 @@ fn set_up(
     rustix::system::sethostname(&prepared.hostname).map_err(&system)?;
     send_sockets(daemon, counts(prepared.sockets, network))?;
     send_listeners(daemon, &prepared.listeners)?;
-    let devnull = rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(at(InitStep::Mounts))?;
+    let devnull =
+        rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(at(InitStep::Mounts))?;
     enter_working_dir(prepared).map_err(at(InitStep::WorkingDirectory))?;
     if prepared.read_only_root {
         mount::remount_read_only(c"/").map_err(during(InitStep::Mounts))?;
@@ -359,12 +360,7 @@ struct Child<'a> {
 }
 
 /// Starts the image's process; its pid.
-fn execute(
-    prepared: &Prepared,
-    stdin: BorrowedFd<'_>,
-    stdout: BorrowedFd<'_>,
-    stderr: BorrowedFd<'_>,
-) -> Result<i32, Failed> {
+fn execute(prepared: &Prepared, stdin: BorrowedFd<'_>, stdout: BorrowedFd<'_>, stderr: BorrowedFd<'_>) -> Result<i32, Failed> {
     let child = Child { prepared, stdio: [stdin, stdout, stderr], step: AtomicI32::new(0), errno: AtomicI32::new(0) };
     // SAFETY: `become_program` makes system calls only, on what was prepared, and ends in exec or `_exit`; it writes the two atomics,
     // which this process reads after the child is out of its memory.

@@ -6,8 +6,10 @@
 
 pub mod cgroup;
 mod clone;
+pub mod daemon;
 pub mod fds;
 mod init;
+pub mod keeper;
 pub mod mount;
 pub mod netns;
 mod orders;

@@ -24,7 +24,7 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::clone::{Cloned, clone3};
 use crate::fds::{self, Fds};
-use crate::init::{self, NO_STATUS, Prepared, ROOT_PLACE, Start};
+use crate::init::{self, NO_STATUS, Prepared, Start};
 use crate::mount::{self, Tmpfs};
 use crate::orders::{DATAGRAM_BYTES, Order, Report};
 use crate::protocol::{RevisionSpec, SocketCounts, Streams};
@@ -240,9 +240,11 @@ impl<'a> Zygote<'a> {
                 self.spare = new_network().ok();
                 Ok(())
             }
-            Err(StepError { step, errno }) => {
-                report(self.socket, &Report::SpawnFailed { instance: id, errno: errno.raw_os_error(), step: step.to_owned() }, &[])
-            }
+            Err(StepError { step, errno }) => report(
+                self.socket,
+                &Report::SpawnFailed { instance: id, errno: errno.raw_os_error(), step: step.to_owned() },
+                &[],
+            ),
         }
     }
 

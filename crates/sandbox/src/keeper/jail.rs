@@ -151,7 +151,8 @@ fn drop_privileges(birth: &Birth<'_>) -> Result<(), StepError> {
     signals::reset_actions();
     signals::set_mask(&SignalSet::empty()).map_err(at("unblock signals"))?;
     // Last: changing ids clears it (prctl(2)). A keeper that died before is no parent any more.
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).map_err(at("set the parent-death signal"))?;
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .map_err(at("set the parent-death signal"))?;
     match rustix::process::getppid() {
         Some(parent) if parent.as_raw_pid() == birth.keeper => Ok(()),
         _ => Err(StepError { step: "find the keeper alive", errno: Errno::SRCH }),
@@ -166,5 +167,8 @@ fn exec(argv: &[CString]) -> StepError {
     let env: Vec<_> = env.iter().map(|variable| variable.as_ptr()).chain([std::ptr::null()]).collect();
     // SAFETY: all three are NUL- or null-terminated and live; on success this memory is gone, on failure the call returns.
     unsafe { libc::execve(c"/proc/self/exe".as_ptr(), pointers.as_ptr(), env.as_ptr()) };
-    StepError { step: "execute the daemon (its file must be executable by everybody)", errno: errno_of(&std::io::Error::last_os_error()) }
+    StepError {
+        step: "execute the daemon (its file must be executable by everybody)",
+        errno: errno_of(&std::io::Error::last_os_error()),
+    }
 }

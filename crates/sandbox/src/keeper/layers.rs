@@ -95,8 +95,9 @@ pub(super) fn commit(store: BorrowedFd<'_>, layer: LayerId, file: &OwnedFd) -> R
         return Err(malformed("the layer's descriptor is not read-only"));
     }
     // An open file of our own: a lease belongs to the open file, and the daemon holds the one that it sent.
-    let file = &rustix::fs::open(format!("/proc/self/fd/{}", file.as_raw_fd()), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(failed("open a layer again"))?;
+    let file =
+        &rustix::fs::open(format!("/proc/self/fd/{}", file.as_raw_fd()), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(failed("open a layer again"))?;
     check_superblock(file)?;
     lease(file, libc::F_RDLCK).map_err(|errno| match errno {
         Errno::AGAIN => malformed("the layer still has a writer"),

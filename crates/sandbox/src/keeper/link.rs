@@ -62,14 +62,15 @@ impl Link {
         if self.queue.is_empty() {
             match fds::send(self.socket.as_fd(), bytes, descriptors, SendFlags::DONTWAIT) {
                 Ok(()) => return Ok(()),
-                Err(Errno::AGAIN | Errno::NOBUFS | Errno::TOOMANYREFS) => self.since = Instant::now(),
+                Err(Errno::AGAIN) => self.since = Instant::now(),
                 Err(_) => return Err(Fault::Gone),
             }
         }
         if self.queue.len() >= QUEUE_MAX {
             return Err(Fault::Stalled);
         }
-        let copies = descriptors.iter().map(BorrowedFd::try_clone_to_owned).collect::<Result<_, _>>().map_err(|_| Fault::Stalled)?;
+        let copies =
+            descriptors.iter().map(BorrowedFd::try_clone_to_owned).collect::<Result<_, _>>().map_err(|_| Fault::Stalled)?;
         self.queue.push_back(Waiting { bytes: bytes.to_vec(), descriptors: copies });
         self.watch(epoll)
     }
@@ -83,7 +84,7 @@ impl Link {
                     self.queue.pop_front();
                     self.since = Instant::now();
                 }
-                Err(Errno::AGAIN | Errno::NOBUFS | Errno::TOOMANYREFS) => break,
+                Err(Errno::AGAIN) => break,
                 Err(_) => return Err(Fault::Gone),
             }
         }
