@@ -203,13 +203,7 @@ pub enum ManifestError {
 impl Platform {
     /// The machine that this program was built for.
     pub fn native() -> Self {
-        let architecture = match std::env::consts::ARCH {
-            "x86_64" => "amd64",
-            "aarch64" => "arm64",
-            "x86" => "386",
-            other => other,
-        };
-        Self { os: "linux".to_owned(), architecture: architecture.to_owned(), variant: None }
+        Self { os: "linux".to_owned(), architecture: go_name(std::env::consts::ARCH.to_owned()), variant: None }
     }
 
     fn runs(&self, image: &Self) -> bool {
@@ -287,15 +281,15 @@ impl Manifest {
 
 /// Parses a configuration and checks that it is for `platform`.
 ///
-/// Lenient where Docker is: variables without `=` and ports that are none are left out, an unknown stop signal means
-/// SIGTERM, an absent processor means any.
+/// Lenient where Docker is: variables without `=` and ports that are none are left out, and an unknown stop signal means the
+/// usual one.
 pub fn parse_config(bytes: &[u8], platform: &Platform) -> Result<ParsedConfig, ManifestError> {
     const WHAT: &str = "configuration";
     at_most("the configuration's size in bytes", bytes.len() as u64, CONFIG_BYTES_MAX)?;
     let raw: oci::ImageConfiguration = from_json(WHAT, bytes)?;
     let found = Platform {
         os: raw.os().to_string(),
-        architecture: raw.architecture().to_string(),
+        architecture: go_name(raw.architecture().to_string()),
         variant: raw.variant().clone().filter(|variant| !variant.is_empty()),
     };
     if !platform.runs(&found) {
@@ -398,7 +392,7 @@ impl IndexEntry {
         at_most("a manifest's size in bytes", descriptor.size, MANIFEST_BYTES_MAX)?;
         let platform = raw.platform().as_ref().map(|platform| Platform {
             os: platform.os().to_string(),
-            architecture: platform.architecture().to_string(),
+            architecture: go_name(platform.architecture().to_string()),
             variant: platform.variant().clone(),
         });
         let annotations = raw.annotations().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect();
@@ -434,6 +428,15 @@ fn image_config(raw: &oci::Config) -> Result<ImageConfig, ManifestError> {
     })
 }
 
+/// Go's name of a processor where another one was written, as some tools do.
+fn go_name(architecture: String) -> String {
+    match architecture.as_str() {
+        "x86_64" => "amd64".to_owned(),
+        "aarch64" => "arm64".to_owned(),
+        _ => architecture,
+    }
+}
+
 /// `80` or `80/tcp`; other protocols are none of ours.
 fn tcp_port(text: &str) -> Option<NonZeroU16> {
     let (port, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
@@ -452,3 +455,6 @@ fn from_json<'a, T: Deserialize<'a>>(what: &'static str, bytes: &'a [u8]) -> Res
 fn at_most(what: &'static str, actual: u64, max: u64) -> Result<(), ManifestError> {
     if actual > max { Err(ManifestError::TooLarge { what, actual, max }) } else { Ok(()) }
 }
+
+#[cfg(test)]
+mod tests;
