@@ -304,7 +304,9 @@ fn url(image: &ImageRef, rest: &str) -> Result<Url, ClientError> {
 }
 
 fn accept_manifests() -> HeaderMap {
-    manifest::ACCEPT.iter().map(|media_type| (ACCEPT, HeaderValue::from_static(media_type))).collect()
+    // In one line: some registries read only the first of several.
+    let types = HeaderValue::try_from(manifest::ACCEPT.join(", ")).expect("media types are plain text");
+    HeaderMap::from_iter([(ACCEPT, types)])
 }
 
 /// The answer if it is a good one, else the error that it means.

@@ -3,7 +3,8 @@
 //!
 //! The stream is first spooled into `tmp`, since an archive may name its content after it: each file that an image can need
 //! becomes a file with a number for a name, so nothing in the archive chooses a path. Then the images are planned from
-//! its index, their layers are written as a pull would write them, and at last they get their names.
+//! its index, their layers are written as a pull would write them, and at last they get their names. An import therefore needs
+//! room for the archive and for its layers.
 
 mod plan;
 mod spool;
@@ -138,6 +139,8 @@ impl ImageStore {
         for planned in &plan.images {
             images.extend(self.import_one(planned, progress).await?);
         }
+        // Large files take long to delete.
+        tokio::task::spawn_blocking(move || drop(plan)).await.map_err(StoreError::Thread)?;
         Ok(images)
     }
 

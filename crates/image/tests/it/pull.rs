@@ -49,6 +49,8 @@ async fn dockers_formats_and_plain_layers_are_read() {
     registry.push(&layout, "docker:1", &["--format", "v2s2"]);
     let image = store.pull(&registry.reference("docker:1")).await.unwrap();
     assert_eq!(image.layers.len(), 2);
+    let by_name = registry.reference("docker:1").to_string().replace("127.0.0.1", "localhost");
+    assert_eq!(store.pull(&by_name.parse().unwrap()).await.unwrap().digest, image.digest);
     // The same layers under another manifest: nothing is fetched again.
     registry.push(&layout, "oci:1", &["--format", "oci"]);
     let other = store.pull(&registry.reference("oci:1")).await.unwrap();

@@ -59,8 +59,9 @@ impl Registry {
         std::thread::spawn(move || {
             // The log is read to its end, or the registry would block on a full pipe.
             for line in log.lines().map_while(Result::ok) {
-                let port =
-                    line.split_once("listening on 127.0.0.1:").map(|(_, rest)| rest.split('"').next().unwrap().to_owned());
+                let port = line
+                    .split_once("listening on 127.0.0.1:")
+                    .map(|(_, rest)| rest.split(['"', ',']).next().unwrap().to_owned());
                 if let Some(port) = port {
                     let _ = sender.send(port.parse::<u16>().unwrap());
                 }
@@ -94,8 +95,9 @@ impl Drop for Registry {
 
 pub(crate) fn run(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "{command:?}: {}{}", text(&output.stdout), text(&output.stderr));
+    text(&output.stdout)
 }
 
 /// An OCI image layout that grows in a temporary directory.
