@@ -1,5 +1,6 @@
 //! New processes by clone3(2).
 
+use std::cell::UnsafeCell;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use rustix::io::Errno;
@@ -64,12 +65,13 @@ const VFORK_STACK_BYTES: usize = 64 << 10;
 
 /// Memory for the stack of a [`vfork`]ed child, made ahead.
 pub(crate) struct VforkStack {
-    memory: Box<[u128]>,
+    /// In cells: the child writes while this process holds references to the whole.
+    memory: Box<[UnsafeCell<u128>]>,
 }
 
 impl VforkStack {
     pub(crate) fn new() -> Self {
-        Self { memory: vec![0; VFORK_STACK_BYTES / size_of::<u128>()].into_boxed_slice() }
+        Self { memory: (0..VFORK_STACK_BYTES / size_of::<u128>()).map(|_| UnsafeCell::new(0)).collect() }
     }
 }
 
@@ -87,8 +89,7 @@ pub(crate) unsafe fn vfork<T>(stack: &VforkStack, child: extern "C" fn(&T) -> li
     };
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
     // SAFETY: the stack is ours, aligned to 16 bytes and grows down from its end; nobody else uses it, since this process waits
-    // (CLONE_VFORK). It is written through a pointer from a shared reference's allocation only by the child, while no reference to its
-    // content exists. The caller answers for what `child` does.
+    // (CLONE_VFORK). The caller answers for what `child` does.
     let pid = unsafe { libc::clone(entry, top, flags, std::ptr::from_ref(argument).cast_mut().cast()) };
     checked(pid.into()).map(|pid| pid as i32)
 }

@@ -54,6 +54,12 @@ pub fn prepare() -> Result<Prepared, StepError> {
         Err(Errno::OPNOTSUPP | Errno::AFNOSUPPORT | Errno::ACCESS) => false,
         Err(errno) => return Err(StepError { step: "add the IPv6 source address to lo", errno }),
     };
+    if ipv6 {
+        // The kernel makes the route of a new IPv6 address in a worker of its own, some time later (addrconf_dad_work). Until then answers
+        // to a first connection are dropped, and its retry comes after a second: this route bridges the time.
+        ask(socket.as_fd(), &Request::local_route(lo, &SOURCE_V6.octets()))
+            .map_err(at("add the route of the IPv6 source address"))?;
+    }
     let setting =
         rustix::fs::open(c"/proc/sys/net/ipv4/ip_unprivileged_port_start", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(at("open the sysctl ip_unprivileged_port_start"))?;
@@ -95,6 +101,10 @@ impl Sockets {
 
 /// Makes the sockets of an instance in the calling thread's network namespace, which [`prepare`] was run in: TCP, non-blocking,
 /// close-on-exec, bound to the source addresses with a port that the kernel chooses at connect.
+///
+/// A refused socket can be connected again, with the same source. Since it does not block, an attempt that was under way
+/// (`EINPROGRESS`) and failed must be asked for its outcome by calling `connect` again: that returns the error and makes the socket
+/// ready for the next attempt. `SO_ERROR` only takes the error away: the next `connect` then returns `ECONNABORTED` once.
 ///
 /// Neither allocates nor locks: may be called between clone and exec.
 pub fn make_sockets(prepared: Prepared) -> Result<Sockets, StepError> {
@@ -147,7 +157,7 @@ fn tcp(family: AddressFamily) -> Result<OwnedFd, StepError> {
     Ok(socket)
 }
 
-/// Largest of our requests: header 16, `ifaddrmsg` 8, two attributes of an IPv6 address with 20 bytes each, one of flags with 8.
+/// Room for the largest of our requests: header 16, `ifaddrmsg` 8, two attributes of an IPv6 address with 20 bytes each, 8 spare.
 const REQUEST_BYTES: usize = 72;
 
 /// One request of rtnetlink(7), ready to be sent.
@@ -189,6 +199,26 @@ impl Request {
         request.finish()
     }
 
+    /// Packets to this one IPv6 address are for this machine.
+    fn local_route(index: u32, address: &[u8; 16]) -> Self {
+        let mut request = Self::new(libc::RTM_NEWROUTE, libc::NLM_F_CREATE | libc::NLM_F_EXCL);
+        // struct rtmsg: family, lengths of destination and source in bits, service, table, origin, scope, type, flags.
+        request.put(&[
+            libc::AF_INET6 as u8,
+            128,
+            0,
+            0,
+            libc::RT_TABLE_LOCAL,
+            libc::RTPROT_BOOT,
+            libc::RT_SCOPE_UNIVERSE,
+            libc::RTN_LOCAL,
+        ]);
+        request.put(&0_u32.to_ne_bytes());
+        request.attribute(libc::RTA_DST, address);
+        request.attribute(libc::RTA_OIF, &index.to_ne_bytes());
+        request.finish()
+    }
+
     fn attribute(&mut self, kind: u16, value: &[u8]) {
         // struct rtattr; all of our values are multiples of four bytes long, so none needs padding.
         self.put(&((4 + value.len()) as u16).to_ne_bytes());
@@ -220,5 +250,176 @@ fn ask(socket: BorrowedFd<'_>, request: &Request) -> Result<(), Errno> {
     match i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]) {
         0 => Ok(()),
         error => Err(Errno::from_raw_os_error(-error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use rustix::event::{PollFd, PollFlags, Timespec};
+    use rustix::net::SocketAddrAny;
+
+    use super::*;
+    use crate::testing::{ensure, need_root, refused, run};
+
+    const FRESH: libc::c_int = libc::CLONE_NEWUSER | libc::CLONE_NEWNET;
+    /// Below 1024: `prepare` opens these ports to all users.
+    const PORT: u16 = 80;
+
+    /// A server on an address; not blocking.
+    fn server(address: SocketAddr) -> Result<OwnedFd, StepError> {
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None).map_err(at("make a server"))?;
+        rustix::net::sockopt::set_socket_reuseaddr(&socket, true).map_err(at("set SO_REUSEADDR"))?;
+        if address.is_ipv6() {
+            rustix::net::sockopt::set_ipv6_v6only(&socket, true).map_err(at("set IPV6_V6ONLY"))?;
+        }
+        rustix::net::bind(&socket, &address).map_err(at("bind a server"))?;
+        rustix::net::listen(&socket, 8).map_err(at("listen"))?;
+        Ok(socket)
+    }
+
+    /// Connects a socket that does not block, and waits for the end of it. The outcome is asked for by a second `connect`: SO_ERROR would
+    /// take the error away and leave the socket connecting, so that the next attempt ends with ECONNABORTED.
+    fn connect(socket: BorrowedFd<'_>, to: SocketAddr) -> Result<(), Errno> {
+        match rustix::net::connect(socket, &to) {
+            Err(Errno::INPROGRESS) => {}
+            other => return other,
+        }
+        let mut polled = [PollFd::from_borrowed_fd(socket, PollFlags::OUT)];
+        if rustix::event::poll(&mut polled, Some(&Timespec { tv_sec: 5, tv_nsec: 0 }))? == 0 {
+            return Err(Errno::TIMEDOUT);
+        }
+        match rustix::net::connect(socket, &to) {
+            Ok(()) | Err(Errno::ISCONN) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Who a server says has connected.
+    fn peer(server: BorrowedFd<'_>) -> Result<SocketAddr, StepError> {
+        let mut polled = [PollFd::from_borrowed_fd(server, PollFlags::IN)];
+        rustix::event::poll(&mut polled, Some(&Timespec { tv_sec: 5, tv_nsec: 0 })).map_err(at("wait for a connection"))?;
+        let (_, peer) = rustix::net::acceptfrom(server).map_err(at("accept"))?;
+        peer.map(SocketAddr::try_from).ok_or(Errno::PROTO).and_then(|result| result).map_err(at("read the peer's address"))
+    }
+
+    fn reach(socket: &OwnedFd, listen: SocketAddr, to: SocketAddr, source: std::net::IpAddr) -> Result<(), StepError> {
+        let server = server(listen)?;
+        connect(socket.as_fd(), to).map_err(at("connect to the server"))?;
+        let peer = peer(server.as_fd())?;
+        ensure(peer.ip() == source, "the peer is the source address")?;
+        ensure(!peer.ip().is_loopback() && peer.port() != 0, "the peer is not loopback")
+    }
+
+    #[test]
+    fn sockets_reach_servers_on_every_local_address() {
+        need_root();
+        run(FRESH, || {
+            let prepared = prepare()?;
+            ensure(prepared.ipv6, "this kernel has IPv6")?;
+            let sockets = make_sockets(prepared)?;
+            ensure(sockets.len() == SOCKETS, "all sockets are made")?;
+            let at =
+                |index: usize| sockets.slots[index].as_ref().ok_or(StepError { step: "a socket is there", errno: Errno::BADF });
+            let v4 = |octets: [u8; 4]| SocketAddr::from((octets, PORT));
+            let v6 = |address: Ipv6Addr| SocketAddr::from((address, PORT));
+            reach(at(0)?, v4([127, 0, 0, 1]), v4([127, 0, 0, 1]), SOURCE_V4.into())?;
+            reach(at(1)?, v4([0, 0, 0, 0]), v4([127, 0, 0, 1]), SOURCE_V4.into())?;
+            reach(at(SOCKETS_V4)?, v6(Ipv6Addr::LOCALHOST), v6(Ipv6Addr::LOCALHOST), SOURCE_V6.into())?;
+            reach(at(SOCKETS_V4 + 1)?, v6(Ipv6Addr::UNSPECIFIED), v6(Ipv6Addr::LOCALHOST), SOURCE_V6.into())
+        });
+    }
+
+    #[test]
+    fn a_v4_socket_reaches_a_server_of_both_families() {
+        need_root();
+        run(FRESH, || {
+            prepare()?;
+            let socket = make_socket_v4()?;
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let server =
+                rustix::net::socket_with(AddressFamily::INET6, SocketType::STREAM, flags, None).map_err(at("make a server"))?;
+            rustix::net::bind(&server, &SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, PORT, 0, 0)).map_err(at("bind"))?;
+            rustix::net::listen(&server, 8).map_err(at("listen"))?;
+            connect(socket.as_fd(), SocketAddr::from(([127, 0, 0, 1], PORT))).map_err(at("connect"))?;
+            let peer = peer(server.as_fd())?;
+            ensure(peer.ip() == SOURCE_V4.to_ipv6_mapped(), "the peer is the mapped source address")
+        });
+    }
+
+    #[test]
+    fn a_refused_socket_can_be_connected_again_from_the_same_source() {
+        need_root();
+        run(FRESH, || {
+            let prepared = prepare()?;
+            let v4 = make_socket_v4()?;
+            let to = SocketAddr::from(([127, 0, 0, 1], PORT));
+            for _ in 0..3 {
+                refused(connect(v4.as_fd(), to), Errno::CONNREFUSED, "nobody listens")?;
+            }
+            reach(&v4, to, to, SOURCE_V4.into())?;
+            if prepared.ipv6 {
+                let v6 = make_socket_v6()?;
+                let to = SocketAddr::from((Ipv6Addr::LOCALHOST, PORT));
+                for _ in 0..3 {
+                    refused(connect(v6.as_fd(), to), Errno::CONNREFUSED, "nobody listens")?;
+                }
+                reach(&v6, to, to, SOURCE_V6.into())?;
+            }
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn idle_sockets_hold_no_port() {
+        need_root();
+        run(FRESH, || {
+            let sockets = make_sockets(prepare()?)?;
+            for socket in sockets.slots.iter().flatten() {
+                let address = rustix::net::getsockname(socket).map_err(at("getsockname"))?;
+                let address: SocketAddr = SocketAddrAny::try_into(address).map_err(at("read an address"))?;
+                ensure(address.port() == 0, "the port is chosen at connect")?;
+                ensure(address.ip() == SOURCE_V4 || address.ip() == SOURCE_V6, "the source address is fixed")?;
+            }
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn an_ordinary_user_listens_on_port_80() {
+        need_root();
+        run(FRESH, || {
+            prepare()?;
+            crate::userns::become_user(rustix::process::Uid::from_raw(1000), rustix::process::Gid::from_raw(1000), &[])?;
+            server(SocketAddr::from(([0, 0, 0, 0], PORT))).map(drop)
+        });
+    }
+
+    #[test]
+    fn sockets_are_sent_in_one_message() {
+        need_root();
+        run(FRESH, || {
+            let (ours, theirs) = crate::fds::pair().map_err(at("pair"))?;
+            make_sockets(prepare()?)?.send(ours.as_fd(), b"sockets").map_err(at("send"))?;
+            let mut buffer = [0_u8; 16];
+            let received = crate::fds::receive(theirs.as_fd(), &mut buffer, RecvFlags::empty());
+            let received = received.ok().flatten().ok_or(StepError { step: "receive", errno: Errno::IO })?;
+            ensure(&buffer[..received.bytes] == b"sockets" && received.fds.len() == SOCKETS, "all arrive")
+        });
+    }
+
+    #[test]
+    fn preparing_twice_says_that_the_address_is_there() {
+        need_root();
+        run(FRESH, || {
+            prepare()?;
+            match prepare() {
+                Err(StepError { errno: Errno::EXIST, step }) => ensure(step.contains("source address"), "the step is named"),
+                _ => ensure(false, "the second time is refused"),
+            }
+        });
     }
 }
