@@ -1,5 +1,6 @@
 //! Whole exchanges through the doors of a running gateway: its listeners, a real engine, and a backend that is a fake.
 
+mod calls;
 mod fake;
 mod hostile;
 mod native;
@@ -37,7 +38,7 @@ impl Running {
         let admin_listener = UnixListener::bind(&admin).unwrap();
         let settings = Settings { state_dir: directory.path().to_owned() };
         let (engine, server) = runtime.block_on(async {
-            let engine = Engine::open(settings, Arc::new(fake::FakeBackend::default())).await.unwrap();
+            let engine = Engine::open(settings, Arc::new(fake::FakeBackend)).await.unwrap();
             let server = funtainer_gateway::serve(Arc::clone(&engine), vec![listener], admin_listener).unwrap();
             (engine, server)
         });
