@@ -100,7 +100,7 @@ enum End {
 impl Link {
     /// Takes the socket over and reads it on the current runtime. `events` is called by the reading task: it must not block.
     pub(crate) fn open(socket: OwnedFd, events: impl Fn(Event) + Send + Sync + 'static) -> Result<Self, LinkError> {
-        let socket = nonblocking(socket).and_then(AsyncFd::new).map_err(LinkError::Socket)?;
+        let socket = nonblocking(socket).and_then(|socket| Ok(AsyncFd::register(socket)?)).map_err(LinkError::Socket)?;
         let shared = Arc::new(Shared { socket, waiting: Mutex::new(Some(HashMap::new())) });
         let (gone_sender, gone) = watch::channel(false);
         let reading = Arc::clone(&shared);
@@ -176,7 +176,9 @@ impl Link {
                 unsent.number = None;
                 Ok(())
             }
-            Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Err(LinkError::Gone),
+            Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+                Err(LinkError::Gone)
+            }
             Err(error) => Err(LinkError::Socket(error)),
         }
     }

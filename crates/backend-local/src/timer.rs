@@ -17,7 +17,7 @@ impl Timer {
     /// A timer that does not run.
     pub(crate) fn new() -> io::Result<Self> {
         let fd = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
-        Ok(Self { fd: AsyncFd::with_interest(fd, Interest::READABLE)? })
+        Ok(Self { fd: AsyncFd::register_with_interest(fd, Interest::READABLE)? })
     }
 
     /// Waits that long. Dropped before its end it can be called again.

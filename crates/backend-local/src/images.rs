@@ -1,0 +1,188 @@
+//! The image store of this machine, in the engine's words. Finished layers are handed to the keeper.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes};
+use funtainer_contract as contract;
+use funtainer_contract::{FileStat, ImageFiles};
+use funtainer_engine::backend::{self, ImageSummary, Prepared, ProgressSink, Resolve};
+use funtainer_image::rootfs::{FileKind, Rootfs, RootfsError};
+use funtainer_image::{CommitLayer, Image, ImageStore, Progress, PullPolicy, StoreError};
+use funtainer_model::{Digest, ErrorCode, Failure, ImageRef, LayerId};
+use funtainer_sandbox::protocol::Request;
+use futures_util::future::BoxFuture;
+use tokio::io::{AsyncRead, ReadBuf};
+use tokio::sync::mpsc;
+
+use crate::link::Link;
+use crate::start::StartError;
+
+/// See the module.
+pub(crate) struct Images {
+    store: ImageStore,
+}
+
+impl Images {
+    /// Blocks on the disk.
+    pub(crate) fn open(directory: &Path, link: &Arc<Link>) -> Result<Self, StoreError> {
+        Ok(Self { store: ImageStore::open(directory, Arc::new(Committer(Arc::downgrade(link))))? })
+    }
+
+    pub(crate) async fn prepare(&self, reference: &ImageRef, how: Resolve, sink: &ProgressSink) -> Result<Prepared, Failure> {
+        let policy = match how {
+            Resolve::Deploy | Resolve::IfMissing => PullPolicy::PreferImported,
+            Resolve::Pull => PullPolicy::FromRegistry,
+        };
+        let here = match (how, self.store.name(reference)) {
+            (Resolve::IfMissing, Some(name)) => {
+                self.store.get(reference, name.digest).await.map_err(|error| error.failure())?
+            }
+            _ => None,
+        };
+        let image = match here {
+            Some(image) => image,
+            None => {
+                let tell = |progress| tell(sink, progress);
+                self.store.pull(reference, policy, &tell).await.map_err(|error| error.failure())?
+            }
+        };
+        let files = Arc::new(Files(self.store.rootfs(&image).map_err(|error| error.failure())?));
+        Ok(Prepared { digest: image.digest, config: image.config, files })
+    }
+
+    pub(crate) async fn import(
+        &self,
+        archive: mpsc::Receiver<io::Result<Bytes>>,
+        name: Option<&ImageRef>,
+        sink: &ProgressSink,
+    ) -> Result<Vec<ImageSummary>, Failure> {
+        let archive = Archive { channel: archive, chunk: Bytes::new() };
+        let tell = |progress| tell(sink, progress);
+        let images = self.store.import(archive, name, &tell).await.map_err(|error| error.failure())?;
+        let summary =
+            |image: Image| ImageSummary { reference: image.reference, digest: image.digest, size: image.size, imported: true };
+        Ok(images.into_iter().map(summary).collect())
+    }
+
+    /// Those that are here as a whole.
+    pub(crate) async fn list(&self) -> Result<Vec<ImageSummary>, Failure> {
+        let images = self.store.images().await.map_err(|error| error.failure())?;
+        let summary = |image: funtainer_image::NamedImage| {
+            let funtainer_image::NamedImage { reference, record, size } = image;
+            size.map(|size| ImageSummary { reference, digest: record.digest, size, imported: record.imported })
+        };
+        Ok(images.into_iter().filter_map(summary).collect())
+    }
+
+    /// The layers of an image that was prepared once, from the bottom up.
+    pub(crate) async fn layers(&self, digest: Digest) -> Result<Vec<LayerId>, StartError> {
+        let reference: ImageRef = format!("image@{digest}").parse().map_err(|_| StartError::ImageGone)?;
+        let image = self.store.get(&reference, digest).await.map_err(|error| StartError::Image(error.failure()))?;
+        image.map(|image| image.layers).ok_or(StartError::ImageGone)
+    }
+}
+
+fn tell(sink: &ProgressSink, progress: Progress) {
+    let progress = match progress {
+        Progress::Resolved { digest } => backend::Progress::Resolved { digest },
+        Progress::LayerPresent { layer, .. } => backend::Progress::LayerPresent { layer },
+        Progress::LayerReceived { layer, received, total } => backend::Progress::Layer { layer, bytes: received, total },
+        Progress::LayerStored { layer, total } => backend::Progress::Layer { layer, bytes: total, total },
+    };
+    // Lossy by design: who is told may be slow or gone.
+    let _ = sink.try_send(progress);
+}
+
+/// Finished layers go to the keeper, which alone writes where they are mounted from.
+struct Committer(Weak<Link>);
+
+impl CommitLayer for Committer {
+    fn commit(&self, layer: LayerId, finished: File) -> BoxFuture<'_, io::Result<()>> {
+        Box::pin(async move {
+            let link = self.0.upgrade().ok_or_else(|| io::Error::other("the platform is stopping"))?;
+            link.command(&Request::CommitLayer { layer }, vec![finished.into()]).await.map_err(io::Error::other)
+        })
+    }
+}
+
+/// An image's files as dialects read them.
+struct Files(Rootfs);
+
+impl ImageFiles for Files {
+    fn stat(&self, path: &str) -> io::Result<Option<FileStat>> {
+        let Some(stat) = found(self.0.stat(path))? else { return Ok(None) };
+        let kind = match stat.kind {
+            FileKind::File => contract::FileKind::Regular,
+            FileKind::Directory => contract::FileKind::Directory,
+            _ => contract::FileKind::Other,
+        };
+        Ok(Some(FileStat { kind, mode: stat.mode.into(), uid: stat.uid, gid: stat.gid, size: stat.size }))
+    }
+
+    fn read(&self, path: &str, bytes_max: usize) -> io::Result<Option<Vec<u8>>> {
+        found(self.0.read_file(path, bytes_max as u64))
+    }
+}
+
+fn found<T>(result: Result<T, RootfsError>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(RootfsError::NotFound(_) | RootfsError::NotDirectory(_) | RootfsError::NotFile(_)) => Ok(None),
+        Err(error) => Err(io::Error::other(error)),
+    }
+}
+
+/// An archive that comes over a channel, as a stream of bytes.
+struct Archive {
+    channel: mpsc::Receiver<io::Result<Bytes>>,
+    chunk: Bytes,
+}
+
+impl AsyncRead for Archive {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        while self.chunk.is_empty() {
+            match ready!(self.channel.poll_recv(cx)) {
+                Some(Ok(chunk)) => self.chunk = chunk,
+                Some(Err(error)) => return Poll::Ready(Err(error)),
+                None => return Poll::Ready(Ok(())),
+            }
+        }
+        let length = self.chunk.len().min(out.remaining());
+        out.put_slice(&self.chunk[..length]);
+        self.chunk.advance(length);
+        Poll::Ready(Ok(()))
+    }
+}
+
+/// The failure of a store that does not open.
+pub(crate) fn open_failure(error: &StoreError) -> Failure {
+    Failure::new(ErrorCode::Internal, format!("the image store cannot be opened: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn archives_are_read_piece_by_piece_and_errors_pass() {
+        let (sender, channel) = mpsc::channel(4);
+        for piece in ["ab", "", "cde"] {
+            sender.send(Ok(Bytes::from(piece))).await.unwrap();
+        }
+        drop(sender);
+        let mut text = String::new();
+        Archive { channel, chunk: Bytes::new() }.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "abcde");
+        let (sender, channel) = mpsc::channel(4);
+        sender.send(Err(io::ErrorKind::ConnectionReset.into())).await.unwrap();
+        let error = Archive { channel, chunk: Bytes::new() }.read_to_string(&mut text).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+}
