@@ -3,20 +3,17 @@
 use std::fs::File;
 use std::io;
 use std::path::Path;
-use std::pin::Pin;
 use std::sync::{Arc, Weak};
-use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use funtainer_contract as contract;
 use funtainer_contract::{FileStat, ImageFiles};
 use funtainer_engine::backend::{self, ImageSummary, Prepared, ProgressSink, Resolve};
 use funtainer_image::rootfs::{FileKind, Rootfs, RootfsError};
 use funtainer_image::{CommitLayer, Image, ImageStore, Progress, PullPolicy, StoreError};
-use funtainer_model::{Digest, ErrorCode, Failure, ImageRef, LayerId};
+use funtainer_model::{Digest, Failure, ImageRef, LayerId};
 use funtainer_sandbox::protocol::Request;
 use futures_util::future::BoxFuture;
-use tokio::io::{AsyncRead, ReadBuf};
 use tokio::sync::mpsc;
 
 use crate::link::Link;
@@ -35,33 +32,23 @@ impl Images {
 
     pub(crate) async fn prepare(&self, reference: &ImageRef, how: Resolve, sink: &ProgressSink) -> Result<Prepared, Failure> {
         let policy = match how {
-            Resolve::Deploy | Resolve::IfMissing => PullPolicy::PreferImported,
+            Resolve::Deploy => PullPolicy::PreferImported,
             Resolve::Pull => PullPolicy::FromRegistry,
+            Resolve::IfMissing => PullPolicy::IfMissing,
         };
-        let here = match (how, self.store.name(reference)) {
-            (Resolve::IfMissing, Some(name)) => {
-                self.store.get(reference, name.digest).await.map_err(|error| error.failure())?
-            }
-            _ => None,
-        };
-        let image = match here {
-            Some(image) => image,
-            None => {
-                let tell = |progress| tell(sink, progress);
-                self.store.pull(reference, policy, &tell).await.map_err(|error| error.failure())?
-            }
-        };
+        let tell = |progress| tell(sink, progress);
+        let image = self.store.pull(reference, policy, &tell).await.map_err(|error| error.failure())?;
         let files = Arc::new(Files(self.store.rootfs(&image).map_err(|error| error.failure())?));
         Ok(Prepared { digest: image.digest, config: image.config, files })
     }
 
     pub(crate) async fn import(
         &self,
-        archive: mpsc::Receiver<io::Result<Bytes>>,
+        mut archive: mpsc::Receiver<io::Result<Bytes>>,
         name: Option<&ImageRef>,
         sink: &ProgressSink,
     ) -> Result<Vec<ImageSummary>, Failure> {
-        let archive = Archive { channel: archive, chunk: Bytes::new() };
+        let archive = futures_util::stream::poll_fn(move |cx| archive.poll_recv(cx));
         let tell = |progress| tell(sink, progress);
         let images = self.store.import(archive, name, &tell).await.map_err(|error| error.failure())?;
         let summary =
@@ -134,55 +121,5 @@ fn found<T>(result: Result<T, RootfsError>) -> io::Result<Option<T>> {
         Ok(value) => Ok(Some(value)),
         Err(RootfsError::NotFound(_) | RootfsError::NotDirectory(_) | RootfsError::NotFile(_)) => Ok(None),
         Err(error) => Err(io::Error::other(error)),
-    }
-}
-
-/// An archive that comes over a channel, as a stream of bytes.
-struct Archive {
-    channel: mpsc::Receiver<io::Result<Bytes>>,
-    chunk: Bytes,
-}
-
-impl AsyncRead for Archive {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        while self.chunk.is_empty() {
-            match ready!(self.channel.poll_recv(cx)) {
-                Some(Ok(chunk)) => self.chunk = chunk,
-                Some(Err(error)) => return Poll::Ready(Err(error)),
-                None => return Poll::Ready(Ok(())),
-            }
-        }
-        let length = self.chunk.len().min(out.remaining());
-        out.put_slice(&self.chunk[..length]);
-        self.chunk.advance(length);
-        Poll::Ready(Ok(()))
-    }
-}
-
-/// The failure of a store that does not open.
-pub(crate) fn open_failure(error: &StoreError) -> Failure {
-    Failure::new(ErrorCode::Internal, format!("the image store cannot be opened: {error}"))
-}
-
-#[cfg(test)]
-mod tests {
-    use tokio::io::AsyncReadExt;
-
-    use super::*;
-
-    #[tokio::test]
-    async fn archives_are_read_piece_by_piece_and_errors_pass() {
-        let (sender, channel) = mpsc::channel(4);
-        for piece in ["ab", "", "cde"] {
-            sender.send(Ok(Bytes::from(piece))).await.unwrap();
-        }
-        drop(sender);
-        let mut text = String::new();
-        Archive { channel, chunk: Bytes::new() }.read_to_string(&mut text).await.unwrap();
-        assert_eq!(text, "abcde");
-        let (sender, channel) = mpsc::channel(4);
-        sender.send(Err(io::ErrorKind::ConnectionReset.into())).await.unwrap();
-        let error = Archive { channel, chunk: Bytes::new() }.read_to_string(&mut text).await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     }
 }

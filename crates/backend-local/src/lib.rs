@@ -13,6 +13,7 @@
 
 mod backend;
 mod descriptor;
+mod descriptors;
 mod images;
 mod instance;
 mod link;

@@ -204,7 +204,7 @@ impl ImageStore {
     }
 
     /// What the store knows of `name`.
-    pub fn name(&self, name: &ImageRef) -> Option<NameRecord> {
+    pub(crate) fn name(&self, name: &ImageRef) -> Option<NameRecord> {
         self.names.lock().expect("no holder panics").get(name)
     }
 
