@@ -16,7 +16,8 @@ use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue, WWW_AUTHENTI
 use reqwest::{Method, Response, StatusCode, Url};
 use tokio::time::Instant;
 
-use self::auth::{Challenge, Token};
+pub use self::auth::Challenge;
+use self::auth::Token;
 use self::http::{Http, Request};
 use crate::hash::sha256;
 use crate::manifest::{self, Descriptor, MANIFEST_BYTES_MAX};

@@ -12,9 +12,9 @@ mod spool;
 use std::io::{self, BufReader};
 use std::path::PathBuf;
 
-use bytes::BytesMut;
+use bytes::Bytes;
 use funtainer_model::{Digest, ErrorCode, Failure, ImageRef, ImageRefError, LayerId};
-use tokio::io::{AsyncRead, AsyncReadExt};
+use futures_util::{Stream, StreamExt};
 
 use self::plan::{Plan, PlannedImage};
 use self::spool::Spool;
@@ -24,7 +24,7 @@ use crate::pull::{OnProgress, Progress};
 use crate::store::{Image, ImageStore, StoreError};
 use crate::tar::TarError;
 
-/// Bytes that are read from the stream at once.
+/// Bytes of a layer that are read from its file at once.
 const CHUNK_BYTES: usize = 64 << 10;
 /// Most names that an error lists.
 const NAMES_SHOWN_MAX: usize = 8;
@@ -123,11 +123,11 @@ impl ImportError {
 }
 
 impl ImageStore {
-    /// Imports every image of an archive and gives it the names that the archive has, or `name` instead. Nothing has a name
+    /// Imports every image of an archive, whose bytes come in pieces of any size, and gives it the names that the archive has, or `name` instead. Nothing has a name
     /// before its image is complete. Dropping the future ends it and leaves nothing half-made.
     pub async fn import(
         &self,
-        archive: impl AsyncRead + Send,
+        archive: impl Stream<Item = io::Result<Bytes>> + Send,
         name: Option<&ImageRef>,
         progress: OnProgress<'_>,
     ) -> Result<Vec<Image>, ImageError> {
@@ -145,7 +145,7 @@ impl ImageStore {
     }
 
     /// Receives the stream and takes it apart at the same time.
-    async fn spool(&self, archive: impl AsyncRead + Send) -> Result<Spool, ImageError> {
+    async fn spool(&self, archive: impl Stream<Item = io::Result<Bytes>> + Send) -> Result<Spool, ImageError> {
         let (sender, reader) = pipe();
         let tmp = self.disk.tmp().to_owned();
         let unpacking = tokio::task::spawn_blocking(move || Spool::unpack(reader, &tmp));
@@ -198,18 +198,15 @@ impl ImageStore {
 }
 
 /// Moves the stream into the pipe until its end, or until the reader has seen enough.
-async fn receive(archive: impl AsyncRead + Send, sender: PipeSender) -> io::Result<()> {
+async fn receive(archive: impl Stream<Item = io::Result<Bytes>>, sender: PipeSender) -> io::Result<()> {
     let mut archive = std::pin::pin!(archive);
-    loop {
-        let mut chunk = BytesMut::with_capacity(CHUNK_BYTES);
-        if archive.read_buf(&mut chunk).await? == 0 {
-            let _ = sender.finish().await;
-            return Ok(());
-        }
-        if sender.send(chunk.freeze()).await.is_err() {
+    while let Some(chunk) = archive.next().await {
+        if sender.send(chunk?).await.is_err() {
             return Ok(());
         }
     }
+    let _ = sender.finish().await;
+    Ok(())
 }
 
 /// A few names for people.

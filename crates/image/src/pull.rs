@@ -12,6 +12,7 @@ use crate::error::{ImageError, registry_failed};
 use crate::hash::sha256;
 use crate::layer::{self, LayerBlob};
 use crate::manifest::{Descriptor, Document, INDEX_DEPTH_MAX, Manifest, ManifestError};
+use crate::names::NameRecord;
 use crate::pipe::{PipeSender, ReaderGone, pipe};
 use crate::store::{Found, Image, ImageStore, StoreError};
 
@@ -29,6 +30,8 @@ pub enum PullPolicy {
     PreferImported,
     /// The registry is asked, and its answer replaces what was imported. For an explicit pull.
     FromRegistry,
+    /// A name that is in the store means what it means there; only another one is resolved. For a single run.
+    IfMissing,
 }
 
 /// What a pull tells while it runs.
@@ -81,18 +84,29 @@ impl ImageStore {
         progress(Progress::Resolved { digest: found.digest });
         let layers = found.layers();
         // All may wait for a slot: how many are fetched at once is a matter of the whole store.
-        let fetches = layers.iter().map(|(layer, at)| self.ensure_layer(image, *layer, &found.manifest.layers[*at], progress));
+        let mut fetches = Vec::with_capacity(layers.len());
+        for (layer, at) in &layers {
+            fetches.push(self.ensure_layer(image, *layer, &found.manifest.layers[*at], progress));
+        }
         stream::iter(fetches).buffer_unordered(layers.len()).try_collect::<Vec<()>>().await?;
         let complete = self.complete(image, &found).await?;
-        let imported = policy == PullPolicy::PreferImported && self.name(image).is_some_and(|name| name.imported);
+        let imported = self.stored_name(image, policy).is_some_and(|name| name.imported);
         self.set_name(image, found.digest, imported).await?;
         Ok(complete)
     }
 
+    /// What the name means without a registry, as far as the policy lets that count.
+    fn stored_name(&self, image: &ImageRef, policy: PullPolicy) -> Option<NameRecord> {
+        self.name(image).filter(|name| match policy {
+            PullPolicy::PreferImported => name.imported,
+            PullPolicy::FromRegistry => false,
+            PullPolicy::IfMissing => true,
+        })
+    }
+
     /// Manifest and configuration of what `image` means, from the disk where they are there.
     async fn find(&self, image: &ImageRef, policy: PullPolicy) -> Result<Found, ImageError> {
-        if policy == PullPolicy::PreferImported
-            && let Some(name) = self.name(image).filter(|name| name.imported)
+        if let Some(name) = self.stored_name(image, policy)
             && let Some(found) = self.find_local(image, name.digest).await?
         {
             return Ok(found);

@@ -24,9 +24,12 @@ const LIFETIME_MAX: Duration = Duration::from_hours(1);
 
 /// The Bearer challenge of a `WWW-Authenticate` header (RFC 6750 section 3).
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Challenge {
+pub struct Challenge {
+    /// Where tokens are given out.
     realm: String,
+    /// Who asks for the token.
     service: Option<String>,
+    /// What it must be good for.
     scope: Option<String>,
 }
 
@@ -94,7 +97,7 @@ pub(super) async fn fetch(http: &Http, image: &ImageRef, challenge: &Challenge) 
 
 impl Challenge {
     /// The first Bearer challenge with a realm in the values of `WWW-Authenticate`.
-    pub(super) fn find_bearer<'a>(values: impl Iterator<Item = &'a str>) -> Option<Self> {
+    pub fn find_bearer<'a>(values: impl Iterator<Item = &'a str>) -> Option<Self> {
         values.flat_map(parse_challenges).find_map(|(scheme, mut parameters)| {
             let realm = parameters.remove("realm")?;
             let (service, scope) = (parameters.remove("service"), parameters.remove("scope"));

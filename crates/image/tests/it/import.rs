@@ -1,17 +1,21 @@
 //! Archives: those of the tools in use, and hostile ones.
 
-use std::fs;
 use std::process::Command;
+use std::{fs, io};
 
+use bytes::Bytes;
 use funtainer_image::{Image, ImageError, PullPolicy};
 use funtainer_model::{ErrorCode, ImageRef};
+use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
 
 use crate::support::{Layout, Registry, Store, digest_of, gzip, layer, named, on_platform, run, sha256};
 
 async fn import(store: &Store, archive: &[u8], name: Option<&str>) -> Result<Vec<Image>, ImageError> {
     let name = name.map(|name| name.parse::<ImageRef>().unwrap());
-    store.images.import(archive, name.as_ref(), &|_| ()).await
+    // Pieces that fit no block of a tar.
+    let pieces = archive.chunks(10_007).map(|piece| Ok(Bytes::copy_from_slice(piece)));
+    store.images.import(stream::iter(pieces), name.as_ref(), &|_| ()).await
 }
 
 /// A tar of files in the order given.
@@ -49,11 +53,16 @@ async fn a_layout_is_imported_and_used_without_a_registry_until_it_is_pulled() {
     assert!(store.images.images().await.unwrap()[0].record.imported);
 
     registry.push(&Layout::of(&[layer("bin/other", 10)]), "app:1", &[]);
+    assert_eq!(store.images.pull(&name, PullPolicy::IfMissing, &|_| ()).await.unwrap(), deployed);
     let pulled = store.pull(&name).await.unwrap();
     assert_ne!(pulled.digest, deployed.digest);
     let again = store.images.pull(&name, PullPolicy::PreferImported, &|_| ()).await.unwrap();
     assert_eq!(again.digest, pulled.digest, "a pull replaces what was imported");
     assert!(!store.images.images().await.unwrap()[0].record.imported);
+    drop(registry);
+    assert_eq!(store.images.pull(&name, PullPolicy::IfMissing, &|_| ()).await.unwrap(), pulled);
+    let failure = store.images.pull(&name, PullPolicy::PreferImported, &|_| ()).await.unwrap_err().failure();
+    assert_eq!(failure.code, ErrorCode::RegistryUnavailable, "other tags are resolved each time");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -188,6 +197,23 @@ async fn archives_that_cannot_be_used_say_why_and_leave_nothing() {
     check(&layout.archive(), ErrorCode::BadImageReference, "no full name").await;
     layout.index(&[]);
     check(&layout.archive(), ErrorCode::ImageInvalid, "lists no images").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_breaks_or_is_cancelled_leaves_nothing() {
+    let (archive, store) = (Layout::of(&[layer("a", 500_000)]).archive(), Store::new());
+    let half = || stream::iter([Ok(Bytes::copy_from_slice(&archive[..archive.len() / 2]))]);
+    let broken = half().chain(stream::iter([Err(io::Error::from(io::ErrorKind::BrokenPipe))]));
+    let failure = store.images.import(broken, None, &|_| ()).await.unwrap_err().failure();
+    assert_eq!(failure.code, ErrorCode::BadRequest, "{failure:?}");
+    assert_eq!(store.files("tmp"), [""; 0]);
+
+    let stalled = half().chain(stream::pending());
+    tokio::select! {
+        result = store.images.import(stalled, None, &|_| ()) => panic!("the stream stalls: {result:?}"),
+        () = async { while store.files("tmp").is_empty() { tokio::task::yield_now().await } } => {}
+    }
+    store.wait_for_empty_tmp();
 }
 
 #[tokio::test(flavor = "multi_thread")]
