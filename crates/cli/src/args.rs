@@ -21,16 +21,17 @@ const DATA_DEFAULT: &str = "/var/lib/funtainer";
 #[command(about = "Runs container images as functions: give an image, get a URL")]
 #[command(after_help = "\
 Examples:
-  sudo funtainer serve                                  start the server
-  funtainer deploy hello --image registry.example/hello make a function of an image, and get its URL
-  curl http://127.0.0.1:8080/function/hello             call it; the first call starts it
-  funtainer logs hello                                  see what it wrote
-  echo hi | funtainer run docker.io/library/busybox -- cat    run a command-line image once
+  sudo funtainer serve                                     start the server
+  funtainer deploy hello --image registry.example/hello    make a function of an image, get its URL
+  curl http://127.0.0.1:8080/function/hello                call it; the first call starts it
+  funtainer logs hello                                     see what it wrote
+  echo hi | funtainer run docker.io/library/busybox -- cat
+                                                           run a command-line image once
 
 Exit codes: 0 done, 1 failed, 2 wrong usage; `run` ends with the image's own code.")]
 pub(crate) struct Cli {
     /// Server to talk to: its admin socket, as unix://PATH
-    #[arg(long, global = true, env = "FUNTAINER_HOST", value_name = "unix://PATH", default_value_t = Host::default(), help_heading = "Global options")]
+    #[arg(long, global = true, env = "FUNTAINER_HOST", hide_env_values = true, value_name = "unix://PATH", default_value_t = Host::default(), help_heading = "Global options")]
     pub(crate) host: Host,
 
     /// Form of results and errors
@@ -49,15 +50,24 @@ pub(crate) enum Command {
     Deploy(Box<Deploy>),
     Invoke(Invoke),
     Run(Run),
+    /// List the functions, with their ready instances
+    #[command(after_help = "Example:\n  funtainer list --output json")]
     List,
+    /// Show all of a function as JSON: revision, image, digest, settings, instances, last error
+    #[command(after_help = "Example:\n  funtainer describe hello")]
     Describe(Named),
     Logs(Logs),
     Scale(Scale),
+    /// Remove a function; calls in flight may finish
+    #[command(after_help = "Example:\n  funtainer remove hello")]
     Remove(Named),
     Pull(Pull),
+    /// List the images in the store
+    #[command(after_help = "Example:\n  funtainer images --output json")]
     Images,
     #[command(subcommand)]
     Image(Image),
+    /// Show the versions of this program and of the server
     Version,
     #[command(hide = true)]
     Daemon(Daemon),
@@ -100,7 +110,8 @@ pub(crate) struct Serve {
 Examples:
   funtainer deploy hello --image registry.example/hello:1.2
   funtainer deploy site --image localhost:5000/site --port 3000 --env MODE=fast --min 1
-  funtainer deploy upper --image docker.io/library/busybox --contract stdio --arg tr --arg a-z --arg A-Z
+  funtainer deploy upper --image docker.io/library/busybox --contract stdio \\
+      --arg tr --arg a-z --arg A-Z
 
 Sizes are numbers with K, M or G; durations with ms, s, m or h.")]
 pub(crate) struct Deploy {
@@ -443,7 +454,7 @@ mod tests {
 
     #[test]
     fn help_shows_what_there_is() {
-        let mut command = Cli::command();
+        let mut command = Cli::command().term_width(100);
         insta::assert_snapshot!("help", command.render_long_help().to_string());
         for name in ["serve", "deploy", "invoke", "run", "scale"] {
             let subcommand = command.find_subcommand_mut(name).unwrap();

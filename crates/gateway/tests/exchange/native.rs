@@ -41,7 +41,10 @@ fn wrong_requests_are_refused_with_the_place() {
 #[test]
 fn images_and_version() {
     let running = Running::start();
-    assert_snapshot!("version", running.admin(request("GET /version")));
+    let version = running.admin(request("GET /version"));
+    let (_, body) = version.split_once("\n\n").unwrap();
+    let url = running.address;
+    assert_eq!(body, format!("{{\"version\":\"0.1.0\",\"api\":1,\"pid\":[pid],\"url\":\"http://{url}\"}}\n"));
     assert_snapshot!("images", running.admin(request("GET /images")));
     let chunked = "POST /images/import?name=localhost/x:2 HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAccept: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n";
     assert_snapshot!("import", running.admin(chunked));
