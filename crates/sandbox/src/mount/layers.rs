@@ -79,6 +79,8 @@ pub fn idmapped(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) -> Result
 pub struct Writable {
     upper: OwnedFd,
     work: OwnedFd,
+    /// Its last close takes a detached mount apart, whatever is open below it.
+    _mount: OwnedFd,
 }
 
 impl Writable {
@@ -99,7 +101,7 @@ impl Writable {
         // `/` of the container has the mode and owner of the upper directory.
         let upper = directory(c"upper", 0o755).map_err(at("make the upper directory"))?;
         let work = directory(c"work", 0o700).map_err(at("make the work directory"))?;
-        Ok(Self { upper, work })
+        Ok(Self { upper, work, _mount: mount })
     }
 
     /// The upper directory: what is put here before the overlay is made stands over the layers (hosts, resolv.conf).
