@@ -41,8 +41,10 @@ pub(crate) fn daemon(daemon: &Daemon) -> anyhow::Result<ExitCode> {
 }
 
 async fn serve(inherited: Inherited) -> anyhow::Result<ExitCode> {
-    // Ctrl-C on a terminal goes to the whole group of processes. The keeper decides what it means.
+    // Ctrl-C on a terminal goes to the whole group of processes, a service manager's SIGTERM to all of a unit. What they mean is the
+    // keeper's to say; registering keeps them from ending this process.
     let _interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be handled")?;
+    let _terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be handled")?;
     let data = Path::new(DATA);
     let backend = Arc::new(LocalBackend::open(inherited.control, data).await.context("the backend cannot be opened")?);
     let settings = Settings { state_dir: data.join("state") };
