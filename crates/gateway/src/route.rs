@@ -145,7 +145,7 @@ async fn call(
             if let Some(cold) = cold {
                 headers.append(SERVER_TIMING, server_timing(&cold));
             }
-            Ok(response.map(|body| Body::function(body, deadline)))
+            Ok(response.map(|body| Body::function(id, body, deadline)))
         }
         Err(error) => {
             let rescue = Rescue::from(&error);
