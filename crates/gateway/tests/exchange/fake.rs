@@ -76,10 +76,13 @@ impl Backend for FakeBackend {
         Box::pin(async { Ok(Vec::new()) })
     }
 
-    fn logs(&self, _: &FunctionId, lines: usize, _follow: bool) -> BoxFuture<'_, Result<mpsc::Receiver<Bytes>, Failure>> {
+    fn logs(&self, _: &FunctionId, lines: usize, follow: bool) -> BoxFuture<'_, Result<mpsc::Receiver<Bytes>, Failure>> {
         Box::pin(async move {
             let (sender, receiver) = mpsc::channel(4);
             let _ = sender.try_send(Bytes::from(format!("the last of {lines} lines\n")));
+            if follow {
+                tokio::spawn(async move { sender.closed().await });
+            }
             Ok(receiver)
         })
     }
