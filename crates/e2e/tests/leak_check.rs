@@ -110,7 +110,7 @@ fn a_process_is_found_even_without_its_parent() -> Result<()> {
 
     let orphan = r#"echo $$ > "$0"; setsid sleep 2000 > /dev/null 2>&1 & true"#;
     process::succeed(Command::new("sh").args(["-c", orphan]).arg(place.scope.procs()), LIMIT)?;
-    place.expect(Kind::Process, "sleep 2000")?;
+    wait::until("the orphan is found", LIMIT, || place.expect(Kind::Process, "sleep 2000").map(Some))?;
     place.scope.kill()?;
     place.expect_nothing()
 }

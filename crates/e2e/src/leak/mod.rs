@@ -26,6 +26,8 @@ pub use scope::Scope;
 
 /// How long what belongs to an ended server may take to go: the kernel tears namespaces down by itself, later.
 pub const SETTLE_LIMIT: Duration = Duration::from_secs(1);
+/// The parent of the kernel's own threads.
+const KERNEL_THREADS: i32 = 2;
 /// What a stopped server leaves in its data directory, by its documentation.
 const DATA_ENTRIES: [&str; 5] = ["lock", "id", "store", "state", "logs"];
 
@@ -168,7 +170,7 @@ impl Subject<'_> {
         let ours = |process: &&Process| match &members {
             Some(members) => members.contains(&process.pid),
             // The kernel's own threads come and go; this program is no leak of itself.
-            None => !process.title.starts_with('[') && process.pid != std::process::id() as i32,
+            None => process.parent != KERNEL_THREADS && process.pid != std::process::id() as i32,
         };
         let is_new = |process: &&Process| !old.contains(&(process.pid, process.start));
         // A zombie that waits for the host's init is that one's affair.
