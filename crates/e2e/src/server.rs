@@ -17,6 +17,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::http::{self, Connection, Endpoint, Response};
+use crate::image::Image;
 use crate::leak::{Scope, parse};
 use crate::process::{Finished, Running};
 use crate::{paths, process, wait};
@@ -173,44 +174,84 @@ impl Server {
         described["instances"].as_array().map(Vec::len).with_context(|| format!("no list of instances in {described}"))
     }
 
+    /// The ids of a function's instances, the oldest first.
+    pub fn instance_ids(&self, name: &str) -> Result<Vec<String>> {
+        let described = self.describe(name)?;
+        let instances = described["instances"].as_array().map(Vec::as_slice).unwrap_or_default();
+        Ok(instances.iter().filter_map(|instance| instance["id"].as_str().map(str::to_owned)).collect())
+    }
+
+    /// The host ids of the inits of a function's instances, the oldest first.
+    pub fn init_pids(&self, name: &str) -> Result<Vec<i32>> {
+        let described = self.describe(name)?;
+        let instances = described["instances"].as_array().map(Vec::as_slice).unwrap_or_default();
+        Ok(instances.iter().filter_map(|instance| instance["pid"].as_i64()).map(|pid| pid as i32).collect())
+    }
+
     /// A command of the command line that talks to this server.
-    pub fn command<const N: usize>(&self, args: [&str; N]) -> Command {
+    pub fn command<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Command {
         let mut command = Command::new(&self.program);
         command.args(args).env("FUNTAINER_HOST", format!("unix://{}", self.places.admin.display()));
         command
     }
 
     /// Runs a command, however it ends.
-    pub fn cli<const N: usize>(&self, args: [&str; N]) -> Result<Finished> {
-        process::run(&mut self.command(args), b"", COMMAND_LIMIT)
+    pub fn cli<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Result<Finished> {
+        self.cli_with(args, b"")
     }
 
     /// Runs a command with something on its standard input.
-    pub fn cli_with<const N: usize>(&self, args: [&str; N], input: &[u8]) -> Result<Finished> {
+    pub fn cli_with<'a>(&self, args: impl IntoIterator<Item = &'a str>, input: &[u8]) -> Result<Finished> {
         process::run(&mut self.command(args), input, COMMAND_LIMIT)
     }
 
     /// Starts a command whose standard input stays open.
-    pub fn begin<const N: usize>(&self, args: [&str; N]) -> Result<Running> {
+    pub fn begin<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Result<Running> {
         process::start(&mut self.command(args), None)
     }
 
     /// Runs a command that must succeed and returns its standard output.
-    pub fn ok<const N: usize>(&self, args: [&str; N]) -> Result<String> {
-        let mut command = self.command(args);
-        process::succeed(&mut command, COMMAND_LIMIT)
+    pub fn ok<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Result<String> {
+        process::succeed(&mut self.command(args), COMMAND_LIMIT)
     }
 
-    /// Runs a command that must fail with a code of the platform's errors: exit code 1 (or `exit`), nothing on standard output, and on
-    /// standard error `error[CODE]: ...` followed by a hint. Returns standard error.
-    pub fn refused<const N: usize>(&self, args: [&str; N], exit: i32, code: &str) -> Result<String> {
-        let finished = self.cli(args)?;
+    /// Runs a command that must fail with that exit code and that code of the platform's errors: nothing on standard output, and on standard error
+    /// `error[CODE]: ...` followed by a hint. Returns standard error.
+    pub fn refused<'a>(&self, args: impl IntoIterator<Item = &'a str>, exit: i32, code: &str) -> Result<String> {
+        let mut command = self.command(args);
+        let line = process::describe(&command);
+        let finished = process::run(&mut command, b"", COMMAND_LIMIT)?;
         let said = finished.err();
-        ensure!(finished.code()? == exit, "exit code {}, not {exit}: {args:?}\n{said}", finished.code()?);
-        ensure!(said.contains(&format!("error[{code}]")), "no error[{code}] for {args:?}:\n{said}");
-        ensure!(said.contains("hint: "), "no hint for {args:?}:\n{said}");
-        ensure!(finished.stdout.is_empty(), "an error on standard output for {args:?}:\n{}", finished.out());
+        ensure!(finished.code()? == exit, "exit code {}, not {exit}: {line}\n{said}", finished.code()?);
+        ensure!(said.contains(&format!("error[{code}]: ")), "no error[{code}] for {line}:\n{said}");
+        ensure!(said.lines().any(|line| line.starts_with("hint: ")), "no hint for {line}:\n{said}");
+        ensure!(finished.stdout.is_empty(), "an error on standard output for {line}:\n{}", finished.out());
         Ok(said)
+    }
+
+    /// Imports an image under a name, from its layout directory.
+    pub fn import(&self, image: &Image, name: &str) -> Result<()> {
+        let layout = image.layout().display().to_string();
+        self.ok(["image", "import", layout.as_str(), "--name", name]).map(drop)
+    }
+
+    /// Imports an image and deploys it under the same name, with more flags.
+    pub fn deploy(&self, name: &str, image: &Image, flags: &[&str]) -> Result<()> {
+        let reference = format!("{name}:test");
+        self.import(image, &reference)?;
+        let fixed = ["deploy", name, "--image", reference.as_str()];
+        self.ok(fixed.into_iter().chain(flags.iter().copied())).map(drop)
+    }
+
+    /// Imports an image and deploys it by the admin API, with settings that have no flag.
+    pub fn deploy_by_api(&self, name: &str, image: &Image, settings: Value) -> Result<Response> {
+        let reference = format!("{name}:test");
+        self.import(image, &reference)?;
+        let mut request = serde_json::json!({"name": name, "image": reference});
+        if let (Some(request), Value::Object(settings)) = (request.as_object_mut(), settings) {
+            request.extend(settings);
+        }
+        self.ask("POST", "/functions", &serde_json::to_vec(&request)?)
     }
 
     /// Ends the keeper as an operator does, and returns how it ended.

@@ -16,9 +16,10 @@ const PYTHON_PACKAGES: &str = "python3-minimal,libpython3.11-stdlib,ca-certifica
 /// Its name in the cache.
 const PYTHON_ROOT: &str = "debian-12-python-1";
 /// Applets that the busybox images have as commands.
-const APPLETS: [&str; 24] = [
-    "sh", "cat", "echo", "env", "head", "id", "kill", "ls", "mkdir", "mount", "nc", "ps", "pwd", "rm", "sleep", "stat", "tail",
-    "touch", "tr", "true", "umount", "wc", "mknod", "dd",
+const APPLETS: [&str; 32] = [
+    "sh", "cat", "chroot", "dd", "echo", "env", "grep", "head", "hostname", "id", "kill", "ln", "ls", "mkdir", "mknod",
+    "mount", "nc", "ping", "ps", "pwd", "readlink", "rm", "sed", "sleep", "stat", "tail", "touch", "tr", "true", "umount",
+    "unshare", "wc",
 ];
 
 /// `examples/hello`: a static server on an empty file system.
@@ -111,7 +112,8 @@ pub fn no_command() -> Result<Image> {
     Image::build(vec![busybox_layer()?], &Config::default())
 }
 
-fn busybox_layer() -> Result<Layer> {
+/// The layer with busybox and links to it.
+pub fn busybox_layer() -> Result<Layer> {
     let mut tree =
         Tree::new().directory("bin", 0o755)?.directory("tmp", 0o1777)?.host_file("bin/busybox", &program::busybox()?)?;
     for applet in APPLETS {

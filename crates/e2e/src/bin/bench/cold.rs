@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::peers::Runc;
 use crate::report::Samples;
-use crate::{PATIENCE, Plan, import, scale};
+use crate::{PATIENCE, Plan, scale};
 
 /// Quiet before a call in the row of that name: idle processors and grace periods of the kernel show after it, and tight loops hide them.
 const QUIET: Duration = Duration::from_millis(100);
@@ -41,8 +41,8 @@ pub(crate) struct Cold {
 
 /// Takes turns until every row has its rounds.
 pub(crate) fn measure(server: &Server, home: &Path, plan: &Plan) -> Result<Cold> {
-    import(server, &catalog::hello()?, "hello:bench")?;
-    import(server, &catalog::busybox(&["/bin/cat"])?, "cat:bench")?;
+    server.import(&catalog::hello()?, "hello:bench")?;
+    server.import(&catalog::busybox(&["/bin/cat"])?, "cat:bench")?;
     server.ok(["deploy", "hello", "--image", "hello:bench"])?;
     server.ok(["deploy", "cat", "--image", "cat:bench", "--contract", "stdio"])?;
     let mut runc = Runc::prepare(home)?;

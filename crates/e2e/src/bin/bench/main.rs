@@ -79,12 +79,6 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Imports an image under a name.
-fn import(server: &Server, image: &funtainer_e2e::image::Image, name: &str) -> Result<()> {
-    let layout = image.layout().display().to_string();
-    server.ok(["image", "import", &layout, "--name", name]).map(drop)
-}
-
 /// Sets the number of instances; returns when those that were ended are reaped.
 fn scale(server: &Server, name: &str, instances: usize) -> Result<()> {
     let body = format!(r#"{{"instances":{instances}}}"#);

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::machine::{kib, meminfo};
 use crate::report::median;
-use crate::{PATIENCE, Plan, import, scale};
+use crate::{PATIENCE, Plan, scale};
 
 /// In KiB.
 #[derive(Serialize)]
@@ -31,7 +31,7 @@ pub(crate) struct Memory {
 /// Scales a function up and down, and looks at both.
 pub(crate) fn measure(server: &Server, scope: &Scope, plan: &Plan) -> Result<Memory> {
     let most = plan.idle_instances + 1;
-    import(server, &catalog::hello()?, "hello:bench")?;
+    server.import(&catalog::hello()?, "hello:bench")?;
     server.ok(["deploy", "idle", "--image", "hello:bench", "--max", &most.to_string()])?;
     let (mut falls, mut own) = (Vec::new(), Vec::new());
     let (mut keeper_kib, mut daemon_kib) = (0, 0);
