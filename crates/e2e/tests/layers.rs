@@ -14,20 +14,20 @@ const LIMIT: Duration = Duration::from_mins(3);
 
 /// Everything about a tree, one sorted line for each fact.
 const LISTING: &str = r#"
-set -eu
+set -euo pipefail
 export LC_ALL=C TZ=UTC
 cd "$1"
 find . -mindepth 1 -printf '%P|%y|%m|%U:%G|%T@|%l\n' | sort
 find . -mindepth 1 -type f -printf '%P has %s bytes and %n names\n' | sort
 find . -type c -o -type b | sort | xargs --no-run-if-empty -d '\n' stat --format '%n is %t:%T'
 find . -type f -print0 | sort -z | xargs --no-run-if-empty -0 sha256sum
-find . -mindepth 1 -print0 | sort -z | xargs --no-run-if-empty -0 getfattr --no-dereference --dump --match=- --encoding=hex 2>&1 |
+find . -mindepth 1 -print0 | sort -z | xargs --no-run-if-empty -0 getfattr --no-dereference --dump --match=- --encoding=hex |
     awk '/^# file: / { file = $0; next } NF { print file " " $0 }' | sort
 "#;
 
 /// Makes a tree with everything that is hard to keep.
 const TORTURE: &str = r#"
-set -eu
+set -euo pipefail
 cd "$1"
 mkdir -p plain/deep/deeper empty many setgid sticky owners links devices attributes
 echo content > plain/file
@@ -55,14 +55,14 @@ touch -d '2001-02-03T04:05:06Z' many empty links devices
 "#;
 
 fn listing(directory: &Path) -> Result<String> {
-    process::succeed(Command::new("sh").args(["-c", LISTING, "sh"]).arg(directory), LIMIT)
+    process::succeed(Command::new("bash").args(["-c", LISTING, "bash"]).arg(directory), LIMIT)
 }
 
 /// The listing of an erofs file, mounted where nobody else sees it.
 fn stored_listing(file: &Path, home: &Path) -> Result<String> {
     let point = home.join("stored");
     fs::create_dir_all(&point)?;
-    let script = r#"mount -t erofs -o ro,loop "$0" "$1" && exec sh -c "$2" sh "$1""#;
+    let script = r#"mount -t erofs -o ro,loop "$0" "$1" && exec bash -c "$2" bash "$1""#;
     let mut command = Command::new("unshare");
     command.args(["--mount", "--propagation", "private", "sh", "-c", script]).arg(file).arg(&point).arg(LISTING);
     process::succeed(&mut command, LIMIT)
@@ -117,7 +117,7 @@ fn a_torture_tree_is_kept_whole() -> Result<()> {
     scenario(|world| {
         let tree = world.home().join("tree");
         fs::create_dir(&tree)?;
-        process::succeed(Command::new("sh").args(["-c", TORTURE, "sh"]).arg(&tree), LIMIT)?;
+        process::succeed(Command::new("bash").args(["-c", TORTURE, "bash"]).arg(&tree), LIMIT)?;
         let mut layers = vec![catalog::busybox_layer()?];
         for format in ["posix", "gnu"] {
             let tar = world.home().join(format!("{format}.tar"));
