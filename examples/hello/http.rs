@@ -13,7 +13,8 @@ const STACK_BYTES: usize = 64 * 1024;
 
 /// A connection and what was read from it beyond the last request.
 pub struct Connection {
-    stream: TcpStream,
+    /// The connection itself, for answers of another form than [`Connection::answer`]'s.
+    pub stream: TcpStream,
     unread: Vec<u8>,
 }
 
@@ -59,8 +60,6 @@ pub fn serve(
 }
 
 impl Connection {
-    /// The connection itself, for answers of another form than [`Connection::answer`]'s.
-
     /// Reads a whole body, hands each piece to `piece`, and returns its length in bytes.
     pub fn body(&mut self, head: &Head, mut piece: impl FnMut(&[u8])) -> io::Result<u64> {
         if head.expects_continue {

@@ -4,7 +4,7 @@
 mod http;
 
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, Shutdown, TcpListener};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -50,14 +50,11 @@ fn answer(connection: &mut Connection, head: Head) -> io::Result<()> {
             format!("{} {}\n{}", head.method, head.target, headers.concat())
         }
         "/count" => format!("{}\n", connection.body(&head, |_| ())?),
-        "/early" => {
-            let refused = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
-            return connection.stream().write_all(refused);
-        }
+        "/early" => return early(connection),
         "/env" => env::vars().map(|(name, value)| format!("{name}={value}\n")).collect(),
         "/args" => env::args().map(|arg| arg + "\n").collect(),
         "/pid" => format!("{}\n", process::id()),
-        "/peer" => format!("{}\n", connection.stream().peer_addr()?.ip()),
+        "/peer" => format!("{}\n", connection.stream.peer_addr()?.ip()),
         "/file" => match fs::read(query) {
             Ok(content) => return connection.answer(&head, "200 OK", &content),
             Err(error) => return connection.answer(&head, "404 Not Found", error.to_string().as_bytes()),
@@ -75,10 +72,8 @@ fn answer(connection: &mut Connection, head: Head) -> io::Result<()> {
         "/hung-up" => format!("{}\n", HUNG_UP.load(Ordering::SeqCst)),
         "/stream" => return stream(connection, &head, query),
         "/big" => return connection.answer(&head, "200 OK", &vec![b'x'; usize::try_from(number(query)).unwrap_or(0)]),
-        "/cut" => {
-            return connection.stream().write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nConnection: close\r\n\r\nshort");
-        }
-        "/garbage" => return connection.stream().write_all(b"this is not HTTP\r\n\r\n").and(Err(io::Error::other("done"))),
+        "/cut" => return last(connection, b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nConnection: close\r\n\r\nshort"),
+        "/garbage" => return last(connection, b"this is not HTTP\r\n\r\n"),
         "/allocate" => {
             let bytes = usize::try_from(number(query)).unwrap_or(0) << 20;
             let touched = vec![1_u8; bytes];
@@ -95,9 +90,22 @@ fn answer(connection: &mut Connection, head: Head) -> io::Result<()> {
     connection.answer(&head, "200 OK", text.as_bytes())
 }
 
+/// Writes bytes and closes.
+fn last(connection: &mut Connection, bytes: &[u8]) -> io::Result<()> {
+    connection.stream.write_all(bytes).and(Err(io::ErrorKind::ConnectionAborted.into()))
+}
+
+/// Answers before the body is there, and reads what still comes, so that the answer is not lost by a reset.
+fn early(connection: &mut Connection) -> io::Result<()> {
+    connection.stream.write_all(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")?;
+    connection.stream.shutdown(Shutdown::Write)?;
+    while matches!(connection.stream.read(&mut [0; 4096]), Ok(1..)) {}
+    Err(io::ErrorKind::ConnectionAborted.into())
+}
+
 /// Never answers; counts the moment at which the client goes.
 fn hang(connection: &mut Connection) -> io::Result<()> {
-    while matches!(connection.stream().read(&mut [0; 1024]), Ok(1..)) {}
+    while matches!(connection.stream.read(&mut [0; 1024]), Ok(1..)) {}
     HUNG_UP.fetch_add(1, Ordering::SeqCst);
     Err(io::ErrorKind::ConnectionAborted.into())
 }
@@ -105,7 +113,7 @@ fn hang(connection: &mut Connection) -> io::Result<()> {
 /// `COUNT,MILLIS`: so many chunks with so long a pause after each.
 fn stream(connection: &mut Connection, head: &Head, query: &str) -> io::Result<()> {
     let (count, millis) = query.split_once(',').unwrap_or((query, "0"));
-    let stream = connection.stream();
+    let stream = &mut connection.stream;
     stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n")?;
     for line in 0..number(count) {
         let line = format!("line {line}\n");

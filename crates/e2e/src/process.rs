@@ -1,7 +1,7 @@
 //! Other programs, run with a deadline and with everything they say.
 
 use std::io::{Read, Write};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -117,6 +117,14 @@ impl Running {
         let stderr = self.stderr.recv_timeout(OUTPUT_GRACE).with_context(held)?;
         Ok(Finished { status, stdout, stderr, took })
     }
+}
+
+/// What a program of this crate ends with: its own code, or 1 after an error with all its causes in one line on standard error.
+pub fn exit_code(done: Result<ExitCode>) -> ExitCode {
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
 }
 
 /// A command as it would be typed.

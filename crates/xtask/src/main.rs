@@ -12,6 +12,7 @@ mod tidy;
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
@@ -32,6 +33,7 @@ const AFTER_HELP: &str = "Examples:
   cargo xtask test                 everything that a change must pass; as root, 10 to 30 minutes on two cores
   cargo xtask test --only tests --filter stdio
                                    the tests whose name contains 'stdio'
+  cargo xtask image hello          an image from examples/hello, to import or to push
   cargo xtask bench --quick        the numbers of SPECIFICATION.md, with fewer rounds";
 
 #[derive(Subcommand)]
@@ -54,6 +56,15 @@ enum Task {
         #[arg(long)]
         json: bool,
     },
+    /// Write an example of `examples/` as an OCI image layout directory, without any container tool.
+    ///
+    /// Prints the directory: `funtainer image import` and `skopeo copy oci:DIR:latest ...` take it.
+    Image {
+        /// `hello`, `python` or `upper`.
+        example: String,
+        /// The directory to write; without it, one below target/images.
+        directory: Option<PathBuf>,
+    },
     /// Check what no compiler does: edges between crates, `unsafe`, size of files, open ends, licences.
     Tidy,
 }
@@ -63,6 +74,7 @@ fn main() -> ExitCode {
         Task::Demo => demo(),
         Task::Test(options) => gate::run(&options),
         Task::Bench { quick, json } => bench(quick, json),
+        Task::Image { example, directory } => image(&example, directory),
         Task::Tidy => tidy::run(),
     };
     match done {
@@ -90,6 +102,11 @@ fn bench(quick: bool, json: bool) -> Result<()> {
     let flags =
         [(quick, "--quick"), (json, "--json")].into_iter().filter(|(set, _)| *set).map(|(_, flag)| OsString::from(flag));
     become_program(Command::new(bench).args(flags).env("FUNTAINER_BIN", binary))
+}
+
+fn image(example: &str, directory: Option<PathBuf>) -> Result<()> {
+    packages::install(if example == "python" { packages::PYTHON_IMAGE } else { packages::IMAGE })?;
+    become_program(Command::new(build::program("image")?).arg(example).args(directory))
 }
 
 /// Goes on as another program: signals reach it directly, and its exit code is ours.

@@ -21,6 +21,12 @@ const fn tool(program: &'static str, package: &'static str) -> Tool {
 pub(crate) const DEMO: &[Tool] =
     &[tool("docker-registry", "docker-registry"), tool("skopeo", "skopeo"), tool("/bin/busybox", "busybox-static")];
 
+/// For `image`.
+pub(crate) const IMAGE: &[Tool] = &[tool("/bin/busybox", "busybox-static")];
+
+/// For `image python`.
+pub(crate) const PYTHON_IMAGE: &[Tool] = &[tool("mmdebstrap", "mmdebstrap")];
+
 /// For `test`.
 pub(crate) const TEST: &[Tool] = &[
     tool("docker-registry", "docker-registry"),

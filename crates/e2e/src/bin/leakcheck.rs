@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use funtainer_e2e::leak::{Snapshot, Subject};
+use funtainer_e2e::process;
 
 /// Tells what a machine has more than before.
 ///
@@ -49,7 +50,11 @@ enum Command {
     },
 }
 
-fn main() -> Result<ExitCode> {
+fn main() -> ExitCode {
+    process::exit_code(check())
+}
+
+fn check() -> Result<ExitCode> {
     match Arguments::parse().command {
         Command::Save { file } => {
             let snapshot = serde_json::to_vec(&Snapshot::take()?)?;

@@ -10,6 +10,7 @@ mod peers;
 mod report;
 mod warm;
 
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -51,7 +52,11 @@ impl Plan {
     const QUICK: Self = Self { cold_rounds: 40, warm_rounds: 2, warm_seconds: 2, idle_instances: 50, memory_rounds: 1 };
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    funtainer_e2e::process::exit_code(measure().map(|()| ExitCode::SUCCESS))
+}
+
+fn measure() -> Result<()> {
     let arguments = Arguments::parse();
     let plan = if arguments.quick { Plan::QUICK } else { Plan::FULL };
     let start = Instant::now();
