@@ -256,6 +256,10 @@ fn words_on_the_command_line() -> Result<()> {
         ] {
             server.refused(words.iter().copied(), 1, code)?;
         }
+        // A program gets the same as JSON.
+        let program = server.cli(["describe", "nobody", "--output", "json"])?;
+        let problem: Value = serde_json::from_slice(&program.stderr).with_context(|| program.err())?;
+        ensure!(program.code()? == 1 && problem["code"] == "function-unknown" && problem["hint"].is_string(), "{problem}");
         let missing = server.cli(["image", "import", "/nowhere/at/all", "--name", "x:1"])?;
         ensure!(missing.code()? == 1 && missing.err().contains("/nowhere/at/all"), "{missing:?}");
         ensure!(state(&server)? == before, "bad input changed something");

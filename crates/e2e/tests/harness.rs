@@ -47,7 +47,8 @@ fn load_counts_answers_and_sees_a_server_die() -> Result<()> {
     load.more(1000, LIMIT)?;
     server.child.kill()?;
     server.child.wait()?;
-    ensure!(load.more(1, Duration::from_millis(100)).is_err(), "a dead server answers");
+    // Answers that were on their way are still counted: one for each connection.
+    ensure!(load.more(5, Duration::from_millis(200)).is_err(), "a dead server answers");
     let tally = load.stop();
     ensure!(tally.good() >= 1000 && tally.refused > 0 && tally.failed() >= tally.refused, "{tally:?}");
     ensure!(tally.broken <= 8, "each connection breaks once, before or within a call: {tally:?}");

@@ -181,6 +181,7 @@ fn run_is_a_command_like_any_other() -> Result<()> {
     scenario(|world| {
         let (registry, server) = (Registry::start()?, world.serve()?);
         let shell = registry.push(&catalog::busybox(&["/bin/sh", "-c"])?, "stdio/sh", "1")?;
+        server.ok(["pull", &shell])?;
         let said = server.cli_with(["run", &shell, "--", "cat; echo to stderr >&2"], b"to stdout\n")?;
         ensure!(said.code()? == 0 && said.out() == "to stdout\n" && said.err() == "to stderr\n", "{said:?}");
         let code = |script: &str| -> Result<i32> { server.cli(["run", &shell, "--", script])?.code() };

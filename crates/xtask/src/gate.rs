@@ -119,45 +119,22 @@ fn format() -> Result<()> {
 /// Builds every fuzz target, where the tools for it are installed; says loudly where they are not.
 fn fuzz() -> Result<()> {
     let top = build::metadata()?.workspace_root.into_std_path_buf();
-    let mut workspaces: Vec<_> = [top.join("fuzz")].into_iter().filter(|path| path.join("Cargo.toml").exists()).collect();
-    for entry in std::fs::read_dir(top.join("crates"))? {
-        let path = entry?.path().join("fuzz");
-        if path.join("Cargo.toml").exists() {
-            workspaces.push(path);
-        }
-    }
-    workspaces.sort();
+    let manifest = top.join("fuzz/Cargo.toml");
+    ensure!(manifest.exists(), "{} is missing: every parser of foreign bytes has a fuzz target", manifest.display());
     let has = |program: &str, arguments: &[&str]| {
-        Command::new(program)
-            .args(arguments)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()
-            .is_ok_and(|status| status.success())
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.status().is_ok_and(|status| status.success())
     };
     if !has("rustup", &["run", "nightly", "rustc", "--version"]) || !has("cargo", &["fuzz", "--version"]) {
-        let list: Vec<_> = workspaces.iter().map(|path| path.display().to_string()).collect();
-        println!("!! NOT BUILT: the fuzz targets in {}", list.join(", "));
+        println!("!! NOT BUILT: the fuzz targets");
         println!("!! `rustup toolchain install nightly` and `cargo install cargo-fuzz` bring what is missing");
         return Ok(());
     }
-    for workspace in workspaces {
-        let mut command = Command::new("cargo");
-        command.args(["+nightly", "fuzz", "build", "--fuzz-dir"]).arg(&workspace).current_dir(&top);
-        // The product's static C library and the sanitizers' runtime do not go together.
-        succeed(
-            command.env("CARGO_BUILD_TARGET", host()?).env("RUSTFLAGS", "-C target-feature=-crt-static").env_remove("CARGO"),
-        )?;
-    }
-    Ok(())
-}
-
-/// The triple of this machine.
-fn host() -> Result<String> {
-    let said = Command::new("rustc").arg("-vV").output().context("cannot start rustc")?;
-    let said = String::from_utf8_lossy(&said.stdout).into_owned();
-    let host = said.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc -vV names no host")?;
-    Ok(host.to_owned())
+    // The variables of the cargo that started us name its toolchain; this is another one.
+    let mut command = Command::new("cargo");
+    command.args(["+nightly", "fuzz", "build"]).current_dir(&top);
+    succeed(command.env_remove("CARGO").env_remove("RUSTC").env_remove("RUSTUP_TOOLCHAIN"))
 }
 
 /// Unit tests first, because they fail fastest; then the scenarios.
