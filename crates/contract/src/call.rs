@@ -11,6 +11,8 @@ use funtainer_model::CallId;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 
+use crate::body::{AnswerBody, CallBody};
+
 /// A future that owns or borrows what it needs and can move between threads.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -20,14 +22,14 @@ pub struct Call {
     /// Names the call in answers and logs.
     pub id: CallId,
     /// What the caller sent.
-    pub request: http::Request<CallBody>,
+    pub request: ::http::Request<CallBody>,
 }
 
 /// The answer to a call. Dropping it ends the call.
 #[derive(Debug)]
 pub struct Answer {
     /// What the function said, as HTTP.
-    pub response: http::Response<AnswerBody>,
+    pub response: ::http::Response<AnswerBody>,
 }
 
 /// How long each phase of a cold start took, in order.
@@ -75,46 +77,3 @@ pub struct ExitReport {
 
 /// Becomes `Some` once the instance is reaped; all its clones see it.
 pub type ExitFuture = watch::Receiver<Option<ExitReport>>;
-
-/// The body of a call. Never buffered whole.
-#[derive(Debug)]
-pub enum CallBody {
-    /// Nothing.
-    Empty,
-    /// All of it is here.
-    Full(Bytes),
-    /// As it arrives from a client of the gateway.
-    Incoming(hyper::body::Incoming),
-    /// As it arrives over a channel; an error ends the call.
-    Channel(tokio::sync::mpsc::Receiver<io::Result<Bytes>>),
-}
-
-/// The body of an answer. Never buffered whole; dropping it ends the call.
-#[derive(Debug)]
-pub struct AnswerBody {
-    _todo: (),
-}
-
-/// Why a started instance gave no answer.
-#[derive(Debug, thiserror::Error)]
-pub enum InvokeError {
-    /// No connection to the instance.
-    #[error("the function does not accept connections")]
-    Connect(#[source] io::Error),
-    /// The connection ended, or what came was no answer of the dialect.
-    #[error("the function broke off before an answer")]
-    Broken(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The command ended with another code than 0 before its answer began.
-    #[error("the command ended with {exit:?}")]
-    CommandFailed {
-        /// How it ended.
-        exit: Exit,
-        /// Whether it was killed for memory.
-        out_of_memory: bool,
-        /// The end of its standard error.
-        stderr_tail: Bytes,
-    },
-    /// The caller's body broke off.
-    #[error("the caller's body broke off")]
-    CallerGone(#[source] io::Error),
-}

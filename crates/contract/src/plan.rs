@@ -5,7 +5,18 @@ use std::num::{NonZeroU16, NonZeroU32};
 
 use serde::{Deserialize, Serialize};
 
-use funtainer_model::{EnvVar, StopSignal};
+use funtainer_model::{Contract, EnvVar, ErrorCode, Failure, FunctionSpec, ImageConfig, StopSignal};
+
+use crate::accounts::{self, AccountError, Identity};
+
+/// Most bytes of command line and environment together, so that a start fits into one message to the keeper (128 KiB).
+const COMMAND_BYTES_MAX: usize = 96 * 1024;
+/// Most bytes of the image's passwd and group files: directories of large sites stay below.
+const ACCOUNTS_FILE_BYTES_MAX: usize = 1024 * 1024;
+/// Where servers listen that say nothing else.
+const PORT_DEFAULT: NonZeroU16 = NonZeroU16::new(8080).unwrap();
+/// What Docker gives to an image that sets no `PATH`.
+const PATH_DEFAULT: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Everything that starting one instance of a revision depends on, resolved: no name is looked up and no default is chosen later.
 /// Written with its revision to the state store, so that a start reads no image.
@@ -141,6 +152,18 @@ pub enum PlanError {
     /// USER has a number that the sandbox does not map.
     #[error("user or group id {0} is above 65535")]
     IdTooLarge(u64),
+    /// USER is in more groups than a sandbox takes.
+    #[error("user '{0}' is in more than 64 groups")]
+    TooManyGroups(String),
+    /// A NUL character where none can be.
+    #[error("{0} of the image contains a NUL character")]
+    Nul(&'static str),
+    /// Command line and environment are too long.
+    #[error("command line and environment have {bytes} bytes, the most is {COMMAND_BYTES_MAX}")]
+    TooLong {
+        /// Bytes together.
+        bytes: usize,
+    },
     /// A file of the image cannot be read.
     #[error("{path} of the image cannot be read")]
     ImageFile {
@@ -151,3 +174,187 @@ pub enum PlanError {
         source: io::Error,
     },
 }
+
+impl PlanError {
+    /// The failure as users meet it.
+    pub fn failure(&self) -> Failure {
+        let code = match self {
+            Self::NoCommand => ErrorCode::CommandMissing,
+            Self::CommandNotFound(_) => ErrorCode::CommandNotFound,
+            Self::CommandNotExecutable(_) => ErrorCode::CommandNotExecutable,
+            Self::UserUnknown(_) => ErrorCode::UserUnknown,
+            Self::IdTooLarge(_) | Self::TooManyGroups(_) => {
+                return Failure::new(ErrorCode::ImageUnsupported, self.to_string())
+                    .with_hint("build the image with another USER: ids up to 65535 and 64 groups can be used");
+            }
+            Self::Nul(_) => ErrorCode::ImageInvalid,
+            Self::TooLong { .. } => {
+                return Failure::new(ErrorCode::ImageUnsupported, self.to_string())
+                    .with_hint("put long values into files of the image");
+            }
+            Self::ImageFile { source, .. } => return Failure::new(ErrorCode::ImageInvalid, format!("{self}: {source}")),
+        };
+        Failure::new(code, self.to_string())
+    }
+}
+
+/// What an instance of the function needs, by what its image says and holds.
+///
+/// The command line is ENTRYPOINT followed by the function's arguments or else CMD. Variables of the image come first, then `PORT`
+/// (contract http), then the function's own. For contract stdio the command must be there and be executable: nothing is started at a
+/// deploy that would show it.
+pub fn plan(config: &ImageConfig, files: &dyn ImageFiles, spec: &FunctionSpec) -> Result<StartPlan, PlanError> {
+    let argv = argv(config, spec)?;
+    let working_dir = working_dir(&config.working_dir)?;
+    let identity = identity(&config.user, files)?;
+    let (streams, readiness, port) = match spec.contract {
+        Contract::Http => {
+            let port = port(config, spec);
+            (StandardStreams::Log, Readiness::Listening { preferred: port }, Some(port))
+        }
+        Contract::Stdio => (StandardStreams::Call, Readiness::Executed, None),
+    };
+    let env = env(config, spec, port, &identity);
+    let bytes = argv.iter().map(|arg| arg.len() + 1).sum::<usize>()
+        + env.iter().map(|var| var.name().len() + var.value().len() + 2).sum::<usize>();
+    if bytes > COMMAND_BYTES_MAX {
+        return Err(PlanError::TooLong { bytes });
+    }
+    let user = User { uid: identity.uid, gid: identity.gid, groups: identity.groups };
+    if spec.contract == Contract::Stdio {
+        let path = env.iter().find(|var| var.name() == "PATH").map_or("", EnvVar::value);
+        check_executable(&argv[0], path, &working_dir, &user, files)?;
+    }
+    Ok(StartPlan {
+        argv,
+        env,
+        working_dir,
+        files: Vec::new(),
+        listeners: Vec::new(),
+        socket_directories: Vec::new(),
+        user,
+        read_only_root: false,
+        readiness,
+        streams,
+        stop_signal: config.stop_signal.unwrap_or(StopSignal::TERM),
+        concurrency: spec.scale.concurrency,
+    })
+}
+
+fn argv(config: &ImageConfig, spec: &FunctionSpec) -> Result<Vec<String>, PlanError> {
+    let rest = spec.args.as_ref().unwrap_or(&config.cmd);
+    let argv: Vec<_> = config.entrypoint.iter().chain(rest).cloned().collect();
+    if argv.is_empty() {
+        return Err(PlanError::NoCommand);
+    }
+    if argv.iter().any(|arg| arg.contains('\0')) {
+        return Err(PlanError::Nul("the command line"));
+    }
+    Ok(argv)
+}
+
+/// Absolute and free of `.`, `..` and doubled slashes; relative ones stand below the root, as in Docker.
+fn working_dir(text: &str) -> Result<String, PlanError> {
+    if text.contains('\0') {
+        return Err(PlanError::Nul("the working directory"));
+    }
+    let mut parts = Vec::new();
+    for part in text.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(parts.pop()),
+            part => parts.push(part),
+        }
+    }
+    Ok(format!("/{}", parts.join("/")))
+}
+
+fn port(config: &ImageConfig, spec: &FunctionSpec) -> NonZeroU16 {
+    let told = || spec.env.iter().rev().find(|var| var.name() == "PORT").and_then(|var| var.value().parse().ok());
+    let exposed = || match config.exposed_ports.as_slice() {
+        [single] => Some(*single),
+        _ => None,
+    };
+    spec.port.or_else(told).or_else(exposed).unwrap_or(PORT_DEFAULT)
+}
+
+fn env(config: &ImageConfig, spec: &FunctionSpec, port: Option<NonZeroU16>, identity: &Identity) -> Vec<EnvVar> {
+    let mut env: Vec<EnvVar> = Vec::new();
+    let mut set = |var: &EnvVar, replace: bool| match env.iter_mut().find(|old| old.name() == var.name()) {
+        Some(old) if replace => old.clone_from(var),
+        Some(_) => {}
+        None => env.push(var.clone()),
+    };
+    let var = |name, value: &str| EnvVar::new(name, value).expect("names are fixed, values are free of NUL");
+    config.env.iter().for_each(|var| set(var, true));
+    if let Some(port) = port {
+        set(&var("PORT", &port.to_string()), true);
+    }
+    spec.env.iter().for_each(|var| set(var, true));
+    set(&var("PATH", PATH_DEFAULT), false);
+    set(&var("HOME", &identity.home), false);
+    env
+}
+
+fn identity(user: &str, files: &dyn ImageFiles) -> Result<Identity, PlanError> {
+    let read = |path: &str| {
+        let content = files.read(path, ACCOUNTS_FILE_BYTES_MAX);
+        content.map(Option::unwrap_or_default).map_err(|source| PlanError::ImageFile { path: path.to_owned(), source })
+    };
+    let (passwd, group) = (read("/etc/passwd")?, read("/etc/group")?);
+    accounts::resolve(user, &passwd, &group).map_err(|error| match error {
+        AccountError::Unknown(name) => PlanError::UserUnknown(name),
+        AccountError::IdTooLarge(id) => PlanError::IdTooLarge(id),
+        AccountError::TooManyGroups => PlanError::TooManyGroups(user.to_owned()),
+    })
+}
+
+/// As execvp(3) looks for it: the first file of the name in a directory of `PATH` that can be executed; empty and relative
+/// directories count from the working directory. A name with a slash is not looked for.
+fn check_executable(
+    command: &str,
+    path: &str,
+    working_dir: &str,
+    user: &User,
+    files: &dyn ImageFiles,
+) -> Result<(), PlanError> {
+    let absolute = |path: &str| if path.starts_with('/') { path.to_owned() } else { format!("{working_dir}/{path}") };
+    let candidates: Vec<String> = if command.is_empty() {
+        Vec::new()
+    } else if command.contains('/') {
+        vec![absolute(command)]
+    } else {
+        path.split(':').map(|directory| absolute(&format!("{directory}/{command}").replacen("//", "/", 1))).collect()
+    };
+    let mut found = false;
+    for path in candidates {
+        let stat = files.stat(&path).map_err(|source| PlanError::ImageFile { path, source })?;
+        let Some(stat) = stat else { continue };
+        if stat.kind == FileKind::Regular && may_execute(&stat, user) {
+            return Ok(());
+        }
+        found = true;
+    }
+    Err(if found {
+        PlanError::CommandNotExecutable(command.to_owned())
+    } else {
+        PlanError::CommandNotFound(command.to_owned())
+    })
+}
+
+/// The kernel's rule: root needs any execute bit, others that of the first class they belong to.
+fn may_execute(stat: &FileStat, user: &User) -> bool {
+    let class = if user.uid == 0 {
+        0o111
+    } else if user.uid == stat.uid {
+        0o100
+    } else if user.gid == stat.gid || user.groups.contains(&stat.gid) {
+        0o010
+    } else {
+        0o001
+    };
+    stat.mode & class != 0
+}
+
+#[cfg(test)]
+mod tests;
