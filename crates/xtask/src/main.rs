@@ -70,20 +70,17 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    let done = match Arguments::parse().task {
-        Task::Demo => demo(),
+    let done: Result<ExitCode> = match Arguments::parse().task {
+        Task::Demo => demo().map(|()| ExitCode::SUCCESS),
         Task::Test(options) => gate::run(&options),
-        Task::Bench { quick, json } => bench(quick, json),
-        Task::Image { example, directory } => image(&example, directory),
-        Task::Tidy => tidy::run(),
+        Task::Bench { quick, json } => bench(quick, json).map(|()| ExitCode::SUCCESS),
+        Task::Image { example, directory } => image(&example, directory).map(|()| ExitCode::SUCCESS),
+        Task::Tidy => tidy::run().map(|()| ExitCode::SUCCESS),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
 }
 
 fn demo() -> Result<()> {
