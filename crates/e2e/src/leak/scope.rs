@@ -21,7 +21,7 @@ const REMOVE_LIMIT: Duration = Duration::from_secs(2);
 
 static COUNT: AtomicU32 = AtomicU32::new(0);
 
-/// The fence. Removed with its last process.
+/// The fence. What is still inside at its end is killed, so that a failed test does not disturb the next run.
 #[derive(Debug)]
 pub struct Scope {
     directory: PathBuf,
@@ -52,9 +52,9 @@ impl Scope {
         cgroup_members(&self.directory)
     }
 
-    /// Kills what is inside, for the clean-up after a failure.
+    /// Kills what is inside.
     pub fn kill(&self) -> Result<()> {
-        wait::until_true("the processes of a failed test end", REMOVE_LIMIT, || {
+        wait::until_true("the processes of a test end", REMOVE_LIMIT, || {
             let members = self.members()?;
             for pid in &members {
                 if let Some(pid) = rustix::process::Pid::from_raw(*pid) {
@@ -69,8 +69,10 @@ impl Scope {
 
 impl Drop for Scope {
     fn drop(&mut self) {
-        let removed = wait::until_true("a control group can be removed", REMOVE_LIMIT, || {
-            fs::remove_dir(&self.directory).map(|()| true).map_err(Into::into)
+        let removed = self.kill().and_then(|()| {
+            wait::until_true("a control group can be removed", REMOVE_LIMIT, || {
+                fs::remove_dir(&self.directory).map(|()| true).map_err(Into::into)
+            })
         });
         if let Err(error) = removed {
             eprintln!("{error:#}: {}", self.directory.display());
