@@ -18,5 +18,5 @@ fn an_instance_runs_and_ends() {
     assert_eq!(started.output(), "hello from inside\n");
     let exit = client.exit_of(instance(1));
     assert_eq!(exit.status, Some(0));
-    assert_eq!(server.stop(), Some(0));
+    assert_eq!(server.stop(client), Some(0));
 }

@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -93,8 +93,10 @@ impl Server {
     }
 
     /// Stops it in order; its exit code.
-    pub fn stop(&mut self) -> Option<i32> {
+    pub fn stop(&mut self, mut client: Client) -> Option<i32> {
         self.signal(15);
+        while !matches!(client.event(), Reply::Stop { .. }) {}
+        client.end_daemon(0);
         self.wait().code()
     }
 }
@@ -138,6 +140,11 @@ impl Client {
         let control = received.fds.take(0).unwrap();
         rustix::io::ioctl_fionbio(&control, true).unwrap();
         Self { control, stub, next: 0, events: VecDeque::new() }
+    }
+
+    /// The stub daemon exits with this code.
+    pub fn end_daemon(&mut self, code: u8) {
+        self.stub.write_all(&[code]).unwrap();
     }
 
     pub fn send_raw(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
