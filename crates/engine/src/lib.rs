@@ -1,2 +1,4 @@
-//! Placeholder.
+//! Functions, revisions, instances, throttling, scaling and state.
 #![forbid(unsafe_code)]
+
+pub mod backend;
