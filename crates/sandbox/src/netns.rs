@@ -413,6 +413,24 @@ mod tests {
     }
 
     #[test]
+    fn without_ipv6_there_are_sockets_of_one_family() {
+        need_root();
+        run(FRESH, || {
+            let setting = c"/proc/sys/net/ipv6/conf/all/disable_ipv6";
+            let file =
+                rustix::fs::open(setting, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).map_err(at("open a setting"))?;
+            rustix::io::write(&file, b"1").map_err(at("switch IPv6 off"))?;
+            let prepared = prepare()?;
+            ensure(!prepared.ipv6, "IPv6 is off")?;
+            let sockets = make_sockets(prepared)?;
+            ensure(sockets.len() == SOCKETS_V4, "sockets of IPv4 alone")?;
+            let to = SocketAddr::from(([127, 0, 0, 1], PORT));
+            let first = sockets.slots[0].as_ref().ok_or(StepError { step: "a socket is there", errno: Errno::BADF })?;
+            reach(first, to, to, SOURCE_V4.into())
+        });
+    }
+
+    #[test]
     fn preparing_twice_says_that_the_address_is_there() {
         need_root();
         run(FRESH, || {

@@ -289,3 +289,43 @@ fn the_probe_finds_all_here_and_names_what_is_missing_elsewhere() {
     assert_eq!(missing[0].feature, "file-backed erofs");
     assert!(missing[0].reason.contains("--data") && !missing[0].reason.contains('\n'), "{missing:?}");
 }
+
+/// Names the directory to probe, in a process of its own: [`probe_helper`] prints what is missing there.
+const HELPER: &str = "FUNTAINER_TEST_PROBE";
+
+#[test]
+fn probe_helper() {
+    let Ok(directory) = std::env::var(HELPER) else { return };
+    let directory = File::open(directory).expect("the directory");
+    for missing in probe(directory.as_fd()) {
+        println!("missing {}: {}", missing.feature, missing.reason);
+    }
+    println!("probed");
+}
+
+/// Probes under a shell command that ends in executing what follows it.
+fn probed(shell: &str) -> String {
+    need_root();
+    let directory = TempDir::new().expect("a directory on a disk");
+    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).expect("its mode");
+    let this = std::env::current_exe().expect("this test's file");
+    let output = std::process::Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-ec", &format!("{shell} \"$@\""), "sh"])
+        .arg(this)
+        .args(["mount::tests::probe_helper", "--exact", "--nocapture"])
+        .env(HELPER, directory.path())
+        .output()
+        .expect("unshare of util-linux");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("probed"), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    text.lines().filter(|line| line.starts_with("missing")).collect()
+}
+
+#[test]
+fn the_probe_tells_what_a_machine_forbids() {
+    assert_eq!(probed("exec"), "");
+    let covered = probed("mount -t tmpfs none /proc/irq; exec");
+    assert!(covered.starts_with("missing mounts in a user namespace: parts of /proc or /sys are covered"), "{covered}");
+    let weak = probed("exec setpriv --bounding-set -sys_admin --inh-caps -sys_admin");
+    assert!(weak.starts_with("missing ") && weak.contains("CAP_SYS_ADMIN"), "{weak}");
+}
