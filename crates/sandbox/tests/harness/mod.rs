@@ -391,3 +391,16 @@ pub fn ready() -> (Server, Client) {
     assert_eq!(client.commit(&server.data, layer(1), busybox_image()), Reply::Done);
     (server, client)
 }
+
+/// The top control groups of a data directory, wherever they are mounted.
+pub fn cgroups(id: &str) -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let mounts = mounts.lines().filter(|line| line.split(' ').nth(2).is_some_and(|kind| kind.starts_with("cgroup")));
+    let tops = mounts.map(|line| Path::new(line.split(' ').nth(1).unwrap()).join(format!("funtainer-{id}")));
+    tops.filter(|path| path.exists()).collect()
+}
+
+/// How many directories lie in one.
+pub fn directories(path: &Path) -> usize {
+    fs::read_dir(path).unwrap().filter(|entry| entry.as_ref().unwrap().file_type().unwrap().is_dir()).count()
+}
