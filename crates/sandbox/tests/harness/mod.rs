@@ -319,6 +319,20 @@ pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// Whether it becomes true in time.
+pub fn within(mut is: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        if is() {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::yield_now();
+    }
+}
+
 pub fn instance(number: u128) -> InstanceId {
     InstanceId::from_bytes(number.to_be_bytes())
 }
@@ -375,6 +389,7 @@ pub fn busybox_image() -> &'static Path {
             fs::set_permissions(root.join("bin").join(name), fs::Permissions::from_mode(0o755)).unwrap();
         };
         script("orphan-script", "#!/no/such/interpreter\n");
+        script("connections", "#!/bin/sh\ncat /proc/net/tcp\n");
         script("garbage", "\u{1}\u{2}\u{3}");
         std::os::unix::fs::symlink("/proc/self/fd", root.join("etc/fds")).unwrap();
         let made = Command::new("mkfs.erofs").args(["-T0", "--all-root"]).arg(&image).arg(root).output();
