@@ -180,8 +180,8 @@ mod tests {
         check("65536", AccountError::IdTooLarge(65_536));
         check("0:huge", AccountError::IdTooLarge(70_000));
         check("99999999999999999999999", AccountError::IdTooLarge(u64::MAX));
-        let many: String = (100..200).map(|gid| format!("g{gid}:x:{gid}:app\n")).collect();
-        assert_eq!(resolve("app", PASSWD, many.as_bytes()), Err(AccountError::TooManyGroups));
+        let many: Vec<_> = (100..200).map(|gid| format!("g{gid}:x:{gid}:app")).collect();
+        assert_eq!(resolve("app", PASSWD, many.join("\n").as_bytes()), Err(AccountError::TooManyGroups));
     }
 
     #[test]

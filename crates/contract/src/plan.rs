@@ -318,13 +318,22 @@ fn check_executable(
     user: &User,
     files: &dyn ImageFiles,
 ) -> Result<(), PlanError> {
-    let absolute = |path: &str| if path.starts_with('/') { path.to_owned() } else { format!("{working_dir}/{path}") };
+    // `..` stays: it is the parent of where a link leads to.
+    let absolute = |path: &str| {
+        let base = if path.starts_with('/') { "" } else { working_dir };
+        let parts = base.split('/').chain(path.split('/')).filter(|part| !matches!(*part, "" | "."));
+        parts.fold(String::new(), |path, part| path + "/" + part)
+    };
     let candidates: Vec<String> = if command.is_empty() {
         Vec::new()
     } else if command.contains('/') {
         vec![absolute(command)]
     } else {
-        path.split(':').map(|directory| absolute(&format!("{directory}/{command}").replacen("//", "/", 1))).collect()
+        path.split(':')
+            .map(|directory| {
+                absolute(&if directory.is_empty() { command.to_owned() } else { format!("{directory}/{command}") })
+            })
+            .collect()
     };
     let mut found = false;
     for path in candidates {

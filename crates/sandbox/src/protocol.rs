@@ -17,6 +17,11 @@
 //! Numbers are little endian. A datagram starts with [`MAGIC`], [`VERSION`], the kind of message and the request's number; what follows
 //! depends on the kind. Surplus bytes, missing bytes, another number of descriptors and unknown kinds are refused, never guessed at.
 
+mod check;
+mod codec;
+
+pub use codec::number_of;
+
 use funtainer_model::{InstanceId, LayerId, RevisionId, StopSignal};
 
 /// First two bytes of each datagram.
@@ -31,6 +36,58 @@ pub const DESCRIPTOR_BYTES_MAX: usize = 4 * 1024;
 pub const DESCRIPTORS_MAX: usize = 16;
 /// Most layers of one image: overlayfs takes 500, the OCI tools 127.
 pub const LAYERS_MAX: usize = 127;
+/// Longest key of a function in bytes.
+pub const FUNCTION_BYTES_MAX: usize = 400;
+/// Longest title and longest host name in bytes (the kernel takes host names of 64).
+pub const TITLE_BYTES_MAX: usize = 63;
+/// Most supplementary groups.
+pub const GROUPS_MAX: usize = 64;
+/// Most listeners of the platform in one instance.
+pub const LISTENERS_MAX: usize = 4;
+/// Most planned files.
+pub const FILES_MAX: usize = 32;
+/// Longest planned file in bytes.
+pub const FILE_BYTES_MAX: usize = 16 * 1024;
+/// Longest path in bytes (the kernel's PATH_MAX less its NUL).
+pub const PATH_BYTES_MAX: usize = 4095;
+/// Longest text of a refusal in bytes.
+pub const TEXT_BYTES_MAX: usize = 256;
+/// How many user and group ids an instance has: 0 to 65,535.
+pub const IDS: u32 = 0x1_0000;
+
+/// Bytes that are no message, or a message that breaks a bound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum CodecError {
+    /// It does not start with [`MAGIC`].
+    #[error("the message is not of this protocol")]
+    Magic,
+    /// The other side is another build.
+    #[error("the message has version {0}, this is version {VERSION}")]
+    Version(u16),
+    /// No such kind in this direction.
+    #[error("unknown kind of message {0:#x}")]
+    Kind(u16),
+    /// It ends before its last field.
+    #[error("the message is too short")]
+    Short,
+    /// This many bytes follow its last field.
+    #[error("{0} bytes follow the message")]
+    Surplus(usize),
+    /// The kind goes with another number of descriptors.
+    #[error("{0} descriptors do not belong to this message")]
+    Descriptors(usize),
+    /// A length or count is too great.
+    #[error("{what}: more than {max}")]
+    Bound {
+        /// Of what.
+        what: &'static str,
+        /// Greatest value.
+        max: usize,
+    },
+    /// A field has a value that means nothing.
+    #[error("{0}: not a valid value")]
+    Value(&'static str),
+}
 
 /// From the daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -32,7 +32,7 @@ const IDLE_MAX: usize = 256;
 const IDLE_TIME_MAX: Duration = Duration::from_millis(1_500);
 /// How long a connection may take to become ready again after its answer has ended, for example because the server did not wait for
 /// the end of the request.
-const SETTLE_TIME_MAX: Duration = Duration::from_secs(1);
+const SETTLE_TIME_MAX: Duration = Duration::from_millis(100);
 /// Header fields of an answer at most; hyper's own bound of 100 is below what some applications set.
 const HEADERS_MAX: usize = 256;
 /// Head of an answer at most, and what is read ahead of its body, in bytes.

@@ -1,0 +1,422 @@
+//! `funtainer init`: pid 1 of an instance, from its birth to its exit.
+//!
+//! ```text
+//! born by the zygote's clone3 in new mount, pid, uts and ipc namespaces, in the network namespace that the zygote prepared
+//!   cgroup ─ root attached ─ planned files ─ /dev /proc /sys ─ pivot ─ masks ─ host name ─ sockets sent ─ working directory
+//!   ─ limits ─ bounding set ─ no_new_privs ─ filter ─ vfork ┬ stdio, ids, capabilities, exec: the image's process
+//!                                                           └ Executed sent, all descriptors closed, capabilities dropped but KILL
+//!   ─ waits for signals: reaps orphans, forwards the stop signal ─ main process ended: its status to the shared page, exit
+//! ```
+//! From clone to exec nothing here allocates or locks; what needs an allocation was made by the zygote ([`Prepared`]).
+
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto};
+use rustix::process::{Gid, Resource, Rlimit, Uid};
+use rustix::thread::{CapabilitySet, UnshareFlags};
+
+use crate::clone::{VforkStack, vfork};
+use crate::mount::{self, INERT, Tmpfs};
+use crate::program::{Program, c_string};
+use crate::protocol::{DESCRIPTORS_MAX, InitMessage, InitStep, LISTENERS_MAX, RevisionSpec, SocketCounts};
+use crate::seccomp::Filter;
+use crate::signals::{self, FORWARD, SignalSet};
+use crate::step::StepError;
+use crate::title::Title;
+use crate::{cgroup, fds, netns, userns};
+
+/// What a place in the shared page holds until the init has written its main process's wait status: no wait status looks like it.
+pub(crate) const NO_STATUS: i32 = i32::MIN;
+/// Where the zygote's root has an empty directory for the instance's root.
+pub(crate) const ROOT_PLACE: &CStr = c"/root";
+/// Room of `/dev/shm`, as Docker's default. Its pages count towards the memory limit.
+const SHM_BYTES: u64 = 64 << 20;
+/// Connections that may wait on one of the platform's listeners inside.
+const LISTEN_BACKLOG: i32 = 128;
+/// Exit code of an init that could not execute its program: nobody reads it, the daemon was told the step.
+const EXIT_NOT_EXECUTED: i32 = 127;
+
+/// What all instances of a revision have in common, made by the zygote.
+pub(crate) struct Prepared {
+    program: Program,
+    filter: Filter,
+    stack: VforkStack,
+    title: Title,
+    hostname: Vec<u8>,
+    working_dir: CString,
+    working_dir_parents: Vec<Place>,
+    files: Vec<PreparedFile>,
+    listeners: Vec<u16>,
+    sockets: SocketCounts,
+    uid: Uid,
+    gid: Gid,
+    groups: Vec<Gid>,
+    read_only_root: bool,
+    stop_signal: i32,
+}
+
+/// A directory, by the path of its parent and its name there; both relative to the root.
+struct Place {
+    parent: CString,
+    name: CString,
+}
+
+struct PreparedFile {
+    parents: Vec<Place>,
+    place: Place,
+    mode: Mode,
+    content: Vec<u8>,
+}
+
+impl Prepared {
+    /// From a checked specification.
+    pub(crate) fn new(spec: &RevisionSpec, filter: Filter, title: Title) -> Self {
+        let files = spec.files.iter().map(|file| {
+            let mut places = places(&file.path);
+            let place = places.pop().unwrap_or(Place { parent: c".".to_owned(), name: c".".to_owned() });
+            PreparedFile { parents: places, place, mode: Mode::from_raw_mode(file.mode), content: file.content.clone() }
+        });
+        Self {
+            program: Program::new(spec),
+            filter,
+            stack: VforkStack::new(),
+            title,
+            hostname: spec.hostname.as_bytes().to_vec(),
+            working_dir: c_string(&spec.working_dir),
+            working_dir_parents: places(&spec.working_dir),
+            files: files.collect(),
+            listeners: spec.listeners.clone(),
+            sockets: spec.sockets,
+            uid: Uid::from_raw(spec.uid),
+            gid: Gid::from_raw(spec.gid),
+            groups: spec.groups.iter().map(|group| Gid::from_raw(*group)).collect(),
+            read_only_root: spec.read_only_root,
+            stop_signal: spec.stop_signal.number().into(),
+        }
+    }
+}
+
+/// Each directory on the way to `path`, and `path` itself, from the root on.
+fn places(path: &[u8]) -> Vec<Place> {
+    let mut parent = b".".to_vec();
+    let mut places = Vec::new();
+    for name in path.split(|byte| *byte == b'/').filter(|name| !name.is_empty() && *name != b".") {
+        places.push(Place { parent: c_string(&parent), name: c_string(name) });
+        parent.push(b'/');
+        parent.extend_from_slice(name);
+    }
+    places
+}
+
+/// One start: what came with the order.
+pub(crate) struct Start<'a> {
+    /// The detached root file system.
+    pub(crate) root: OwnedFd,
+    /// Where [`InitMessage`]s go.
+    pub(crate) daemon: OwnedFd,
+    /// Standard input; `/dev/null` without.
+    pub(crate) stdin: Option<OwnedFd>,
+    /// Standard output.
+    pub(crate) stdout: OwnedFd,
+    /// Standard error.
+    pub(crate) stderr: OwnedFd,
+    /// Doors of the cgroups.
+    pub(crate) doors: Doors,
+    /// Where the main process's wait status goes.
+    pub(crate) status: &'a AtomicI32,
+    /// What the network has.
+    pub(crate) network: netns::Prepared,
+}
+
+/// The doors of an instance's cgroups.
+pub(crate) type Doors = fds::Fds;
+
+/// A step that did not work.
+struct Failed {
+    step: InitStep,
+    errno: Errno,
+}
+
+/// Names the step of a refusal.
+fn during(step: InitStep) -> impl Fn(StepError) -> Failed {
+    move |error| Failed { step, errno: error.errno }
+}
+
+/// As [`during`], for bare errnos.
+fn at(step: InitStep) -> impl Fn(Errno) -> Failed {
+    move |errno| Failed { step, errno }
+}
+
+/// The whole life of an init.
+pub(crate) fn run(prepared: &Prepared, start: Start<'_>) -> ! {
+    // SAFETY: this process has one thread, which reads neither arguments nor environment.
+    unsafe { prepared.title.set(b"funtainer init") };
+    // The name is for people; nothing depends on it.
+    let _ = crate::title::set_name(c"funtainer-init");
+    let status = start.status;
+    let Start { root, daemon, stdin, stdout, stderr, doors, network, .. } = start;
+    let main = set_up(prepared, root, daemon.as_fd(), doors, network)
+        .and_then(|devnull| execute(prepared, stdin.as_ref().unwrap_or(&devnull).as_fd(), stdout.as_fd(), stderr.as_fd()));
+    let message = match &main {
+        Ok(_) => InitMessage::Executed,
+        Err(failed) => InitMessage::ExecFailed { step: failed.step, errno: failed.errno.raw_os_error() },
+    };
+    // A daemon that is gone learns of the instance from the keeper.
+    let _ = fds::send(daemon.as_fd(), &message.to_bytes(), &[], SendFlags::empty());
+    let Ok(main) = main else { exit(EXIT_NOT_EXECUTED) };
+    // From here on nothing of ours is open: what the image can reach of this process has nothing to give. The values above are
+    // never dropped, since this function does not return.
+    if fds::close_from(0).is_err() || userns::set_capabilities(CapabilitySet::KILL).is_err() {
+        exit(EXIT_NOT_EXECUTED);
+    }
+    let wait_status = watch(main, prepared.stop_signal);
+    status.store(wait_status, Ordering::Release);
+    exit(0)
+}
+
+fn exit(code: i32) -> ! {
+    // SAFETY: ends this process without running anything of its parent's that the copy of its memory holds.
+    unsafe { libc::_exit(code) }
+}
+
+/// All before the program; returns the container's `/dev/null`.
+fn set_up(
+    prepared: &Prepared,
+    root: OwnedFd,
+    daemon: BorrowedFd<'_>,
+    doors: Doors,
+    network: netns::Prepared,
+) -> Result<OwnedFd, Failed> {
+    enter_cgroup(doors)?;
+    mounts(prepared, root)?;
+    let system = at(InitStep::Network);
+    rustix::system::sethostname(&prepared.hostname).map_err(&system)?;
+    send_sockets(daemon, counts(prepared.sockets, network))?;
+    send_listeners(daemon, &prepared.listeners)?;
+    let devnull =
+        rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(at(InitStep::Mounts))?;
+    enter_working_dir(prepared).map_err(at(InitStep::WorkingDirectory))?;
+    if prepared.read_only_root {
+        mount::remount_read_only(c"/").map_err(during(InitStep::Mounts))?;
+    }
+    let privileges = at(InitStep::Privileges);
+    // Not 0, which a piped core_pattern ignores (core(5)); no core fits into one byte.
+    rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(1), maximum: Some(1) }).map_err(&privileges)?;
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable).map_err(&privileges)?;
+    userns::drop_bounding(userns::KEPT).map_err(during(InitStep::Privileges))?;
+    userns::no_new_privs().map_err(during(InitStep::Privileges))?;
+    prepared.filter.install().map_err(during(InitStep::Seccomp))?;
+    Ok(devnull)
+}
+
+fn enter_cgroup(doors: Doors) -> Result<(), Failed> {
+    for door in doors {
+        cgroup::attach_current([door.as_fd()]).map_err(during(InitStep::Cgroup))?;
+    }
+    // After the attachment: the namespace's root is the group that one is in.
+    // SAFETY: CLONE_NEWCGROUP concerns this process alone and touches no memory or descriptor.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWCGROUP) }.map_err(at(InitStep::Cgroup))
+}
+
+/// The root file system with all that lies in it; this process is in it afterwards.
+fn mounts(prepared: &Prepared, root: OwnedFd) -> Result<(), Failed> {
+    let failed = during(InitStep::Mounts);
+    let open = |path: &CStr| {
+        rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(at(InitStep::Mounts))
+    };
+    mount::attach(root.as_fd(), open(ROOT_PLACE)?.as_fd()).map_err(&failed)?;
+    drop(root);
+    let root = open(ROOT_PLACE)?;
+    // Before anything of the kernel's is mounted: no link of the image leads there.
+    files(prepared, root.as_fd()).map_err(at(InitStep::Files))?;
+    make_directories(root.as_fd(), &prepared.working_dir_parents).map_err(at(InitStep::WorkingDirectory))?;
+
+    let place = |name: &CStr| mount::target(root.as_fd(), name).map_err(&failed);
+    mount::move_tree(c"/dev", place(c"dev")?.as_fd()).map_err(&failed)?;
+    let shm = Tmpfs { size_bytes: SHM_BYTES, uid: 0, gid: 0, mode: 0o1777, attributes: INERT };
+    for (name, made) in [
+        (c"dev/pts", mount::devpts()),
+        (c"dev/shm", mount::tmpfs(&shm)),
+        (c"dev/mqueue", mount::mqueue()),
+        (c"proc", mount::procfs()),
+        (c"sys", mount::sysfs()),
+    ] {
+        // The targets of /dev lie in our own tree, which `target` enters like the image's.
+        mount::attach(made.map_err(&failed)?.as_fd(), place(name)?.as_fd()).map_err(&failed)?;
+    }
+    mount::pivot(root.as_fd()).map_err(&failed)?;
+    mount::mask_all().map_err(&failed)
+}
+
+/// Writes the planned files into the image's root. The image's links are followed inside it, but for one at the file's own place, which is
+/// replaced.
+fn files(prepared: &Prepared, root: BorrowedFd<'_>) -> Result<(), Errno> {
+    for file in &prepared.files {
+        make_directories(root, &file.parents)?;
+        let parent = open_inside(root, &file.place.parent)?;
+        match rustix::fs::unlinkat(&parent, &file.place.name, rustix::fs::AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(errno) => return Err(errno),
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let made = rustix::fs::openat(&parent, &file.place.name, flags, file.mode)?;
+        rustix::fs::fchmod(&made, file.mode)?;
+        let mut rest = &file.content[..];
+        while !rest.is_empty() {
+            let written = rustix::io::write(&made, rest)?;
+            rest = &rest[written..];
+        }
+    }
+    Ok(())
+}
+
+/// Makes what is missing of a chain of directories.
+fn make_directories(root: BorrowedFd<'_>, chain: &[Place]) -> Result<(), Errno> {
+    for place in chain {
+        let parent = open_inside(root, &place.parent)?;
+        match rustix::fs::mkdirat(&parent, &place.name, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
+fn open_inside(root: BorrowedFd<'_>, path: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat2(root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
+}
+
+/// By a descriptor that no link of `/proc` was followed for: none leads out through one that is open here.
+fn enter_working_dir(prepared: &Prepared) -> Result<(), Errno> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::openat2(CWD, &prepared.working_dir, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS)?;
+    rustix::process::fchdir(directory)
+}
+
+/// What can be made of the wanted numbers: without IPv6 only one family.
+pub(crate) fn counts(wanted: SocketCounts, network: netns::Prepared) -> SocketCounts {
+    SocketCounts { v4: wanted.v4, v6: if network.ipv6 { wanted.v6 } else { 0 } }
+}
+
+/// Makes sockets in the network namespace of the calling thread and sends them in one message.
+fn send_sockets(daemon: BorrowedFd<'_>, counts: SocketCounts) -> Result<(), Failed> {
+    if counts.total() == 0 {
+        return Ok(());
+    }
+    let mut sockets = [const { None::<OwnedFd> }; DESCRIPTORS_MAX];
+    for (index, slot) in sockets.iter_mut().take(counts.total()).enumerate() {
+        let made = if index < counts.v4.into() { netns::make_socket_v4() } else { netns::make_socket_v6() };
+        *slot = Some(made.map_err(during(InitStep::Network))?);
+    }
+    send_all(daemon, InitMessage::Sockets(counts), &sockets[..counts.total()]).map_err(at(InitStep::Network))
+}
+
+/// [`send_sockets`] for a zygote that has entered an instance's network.
+pub(crate) fn send_more_sockets(daemon: BorrowedFd<'_>, counts: SocketCounts) -> Result<(), Errno> {
+    send_sockets(daemon, counts).map_err(|failed| failed.errno)
+}
+
+fn send_listeners(daemon: BorrowedFd<'_>, ports: &[u16]) -> Result<(), Failed> {
+    if ports.is_empty() {
+        return Ok(());
+    }
+    let mut listeners = [const { None::<OwnedFd> }; LISTENERS_MAX];
+    for (slot, port) in listeners.iter_mut().zip(ports) {
+        *slot = Some(listener(*port).map_err(at(InitStep::Network))?);
+    }
+    send_all(daemon, InitMessage::Listeners, &listeners[..ports.len()]).map_err(at(InitStep::Network))
+}
+
+fn listener(port: u16) -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, Some(ipproto::TCP))?;
+    rustix::net::sockopt::set_socket_reuseaddr(&socket, true)?;
+    rustix::net::bind(&socket, &std::net::SocketAddrV4::new(std::net::Ipv4Addr::LOCALHOST, port))?;
+    rustix::net::listen(&socket, LISTEN_BACKLOG)?;
+    Ok(socket)
+}
+
+fn send_all(daemon: BorrowedFd<'_>, message: InitMessage, all: &[Option<OwnedFd>]) -> Result<(), Errno> {
+    let Some(first) = all.first().and_then(Option::as_ref) else { return Ok(()) };
+    // The first fills the array only to have a value.
+    let mut borrowed = [first.as_fd(); DESCRIPTORS_MAX];
+    for (slot, fd) in borrowed.iter_mut().zip(all.iter().flatten()) {
+        *slot = fd.as_fd();
+    }
+    fds::send(daemon, &message.to_bytes(), &borrowed[..all.len()], SendFlags::empty())
+}
+
+/// What the child needs that becomes the image's process, and where it leaves its failure.
+struct Child<'a> {
+    prepared: &'a Prepared,
+    stdio: [BorrowedFd<'a>; 3],
+    step: AtomicI32,
+    errno: AtomicI32,
+}
+
+/// Starts the image's process; its pid.
+fn execute(prepared: &Prepared, stdin: BorrowedFd<'_>, stdout: BorrowedFd<'_>, stderr: BorrowedFd<'_>) -> Result<i32, Failed> {
+    let child = Child { prepared, stdio: [stdin, stdout, stderr], step: AtomicI32::new(0), errno: AtomicI32::new(0) };
+    // SAFETY: `become_program` makes system calls only, on what was prepared, and ends in exec or `_exit`; it writes the two atomics,
+    // which this process reads after the child is out of its memory.
+    let pid = unsafe { vfork(&prepared.stack, become_program, &child) }.map_err(at(InitStep::Exec))?;
+    match child.errno.load(Ordering::Acquire) {
+        0 => Ok(pid),
+        errno => Err(Failed {
+            step: InitStep::from_number(child.step.load(Ordering::Acquire) as u8).unwrap_or(InitStep::Exec),
+            errno: Errno::from_raw_os_error(errno),
+        }),
+    }
+}
+
+/// The vforked child: returns, and thereby ends, only on failure.
+extern "C" fn become_program(child: &Child<'_>) -> libc::c_int {
+    let failed = match change(child) {
+        Ok(()) => Failed { step: InitStep::Exec, errno: child.prepared.program.exec() },
+        Err(failed) => failed,
+    };
+    child.step.store(failed.step as i32, Ordering::Release);
+    child.errno.store(failed.errno.raw_os_error(), Ordering::Release);
+    EXIT_NOT_EXECUTED
+}
+
+/// From a copy of the init to what an image's process is.
+fn change(child: &Child<'_>) -> Result<(), Failed> {
+    let prepared = child.prepared;
+    let privileges = at(InitStep::Privileges);
+    rustix::process::setsid().map_err(&privileges)?;
+    // The three stand above 2, since the zygote keeps 0 to 2 occupied: none is overwritten before it is placed.
+    for (fd, number) in child.stdio.into_iter().zip(0..) {
+        fds::place(fd, number).map_err(&privileges)?;
+    }
+    fds::close_from(3).map_err(&privileges)?;
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    userns::become_user(prepared.uid, prepared.gid, &prepared.groups).map_err(during(InitStep::Privileges))?;
+    let kept = if prepared.uid.is_root() { userns::KEPT } else { CapabilitySet::empty() };
+    userns::set_capabilities(kept).map_err(during(InitStep::Privileges))?;
+    signals::set_mask(&SignalSet::empty()).map_err(&privileges)
+}
+
+/// Until the main process ends: its wait status. Reaps whatever was orphaned; forwards what the keeper asks for.
+fn watch(main: i32, stop_signal: i32) -> i32 {
+    let all = SignalSet::all();
+    loop {
+        while let Some((pid, status)) = signals::reap_any() {
+            if pid == main {
+                return status;
+            }
+        }
+        let signal = match signals::wait(&all) {
+            Ok(signal) if signal.number == FORWARD => signal.value,
+            Ok(signal) if signal.number == libc::SIGTERM => stop_signal,
+            // SIGCHLD wakes the loop; nothing else has a meaning here.
+            Ok(_) | Err(_) => continue,
+        };
+        signals::kill(main, signal);
+    }
+}

@@ -1,0 +1,150 @@
+//! The data directory, and who the daemon is on the host.
+//!
+//! ```text
+//! DIR/            root, 0755
+//!   lock  id      root; the lock is held as long as a keeper lives
+//!   store/        the daemon's; store/layers is root's: only the keeper puts files there
+//!   state/ logs/  the daemon's
+//! ```
+
+use std::fs;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::process::{Gid, Uid};
+
+use super::KeeperError;
+
+/// The daemon's ids where the host has no user `funtainer`: above all that distributions give out, below those of functions.
+const DAEMON_ID: u32 = 0x6FFF_FF00;
+/// Name of the daemon's user, and of the group that may use the admin socket.
+pub(super) const NAME: &str = "funtainer";
+/// Bytes of randomness in the id of a data directory.
+const ID_BYTES: usize = 8;
+
+/// An id pair on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct DaemonUser {
+    pub(super) uid: Uid,
+    pub(super) gid: Gid,
+}
+
+impl DaemonUser {
+    /// The user `funtainer` of the host's `/etc/passwd`, else the fixed id. Other sources of names (NSS) are not asked: a static
+    /// program must not load the host's libraries.
+    pub(super) fn find() -> Self {
+        let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+        let fields = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>());
+        let found = fields.into_iter().find_map(|fields| match fields[..] {
+            [NAME, _, uid, gid, ..] => Some((uid.parse().ok()?, gid.parse().ok()?)),
+            _ => None,
+        });
+        // A user with the powers of root, or a function's, would be none.
+        let (uid, gid) = found.filter(|(uid, gid)| (1..DAEMON_ID).contains(uid) && *gid != 0).unwrap_or((DAEMON_ID, DAEMON_ID));
+        Self { uid: Uid::from_raw(uid), gid: Gid::from_raw(gid) }
+    }
+}
+
+/// The gid of the host's group `funtainer`, if there is one.
+pub(super) fn admin_group() -> Option<Gid> {
+    let groups = fs::read_to_string("/etc/group").ok()?;
+    groups.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next() == Some(NAME)).then(|| fields.nth(1)?.parse().ok().map(Gid::from_raw)).flatten()
+    })
+}
+
+/// The data directory, locked by this process.
+#[derive(Debug)]
+pub(super) struct DataDirectory {
+    /// Absolute.
+    pub(super) path: PathBuf,
+    /// 16 hex digits.
+    pub(super) id: String,
+    /// `store/layers`, by which layers are opened and committed: no path that the daemon could bend is used again.
+    pub(super) layers: OwnedFd,
+    /// Released by the kernel with this process.
+    _lock: fs::File,
+}
+
+impl DataDirectory {
+    /// Makes what is missing, takes the lock, reads or makes the id.
+    pub(super) fn open(path: &Path, daemon: DaemonUser) -> Result<Self, KeeperError> {
+        let fail = |source| KeeperError::Data { path: path.to_owned(), source };
+        make_directory(path, 0o755, None).map_err(fail)?;
+        let path = path.canonicalize().map_err(fail)?;
+        let lock = lock(&path)?;
+        for name in ["store", "state", "logs"] {
+            make_directory(&path.join(name), 0o700, Some(daemon)).map_err(fail)?;
+        }
+        // The daemon owns `store` and could put a link there.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let open = |at: &OwnedFd, name: &str| rustix::fs::openat(at, name, flags, Mode::empty()).map_err(|e| fail(e.into()));
+        let root = rustix::fs::open(&path, flags, Mode::empty()).map_err(|e| fail(e.into()))?;
+        let store = open(&root, "store")?;
+        match rustix::fs::mkdirat(&store, "layers", Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(errno) => return Err(fail(errno.into())),
+        }
+        let layers = open(&store, "layers")?;
+        let owner = rustix::fs::fstat(&layers).map_err(|e| fail(e.into()))?;
+        if owner.st_uid != 0 || owner.st_mode & 0o022 != 0 {
+            return Err(KeeperError::Foreign { path: path.join("store/layers") });
+        }
+        let id = id(&path).map_err(fail)?;
+        Ok(Self { path, id, layers, _lock: lock })
+    }
+}
+
+/// Makes a directory with its parents; an existing one is given to `owner` if that is somebody.
+fn make_directory(path: &Path, mode: u32, owner: Option<DaemonUser>) -> io::Result<()> {
+    fs::DirBuilder::new().recursive(true).mode(mode).create(path)?;
+    if let Some(DaemonUser { uid, gid }) = owner {
+        rustix::fs::chownat(rustix::fs::CWD, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+    }
+    Ok(())
+}
+
+fn lock(directory: &Path) -> Result<fs::File, KeeperError> {
+    let path = directory.join("lock");
+    let fail = |source| KeeperError::Data { path: path.clone(), source };
+    let file = fs::OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(fail)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(Errno::AGAIN) => Err(KeeperError::Locked { path: directory.to_owned() }),
+        Err(errno) => Err(fail(errno.into())),
+    }
+}
+
+/// Reads the id, or makes one.
+fn id(directory: &Path) -> io::Result<String> {
+    let path = directory.join("id");
+    let mut text = String::new();
+    match fs::File::open(&path) {
+        // One byte more than it should have shows a file that is too long.
+        Ok(file) => file.take(ID_BYTES as u64 * 2 + 2).read_to_string(&mut text)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            text = new_id()?;
+            let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(&path)?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+            text.len()
+        }
+        Err(error) => return Err(error),
+    };
+    let id = text.trim_end();
+    if id.len() == ID_BYTES * 2 && id.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte)) {
+        return Ok(id.to_owned());
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidData, "the file 'id' does not hold 16 hex digits"))
+}
+
+fn new_id() -> io::Result<String> {
+    let mut bytes = [0_u8; ID_BYTES];
+    rustix::rand::getrandom(&mut bytes[..], rustix::rand::GetRandomFlags::empty())?;
+    Ok(format!("{:016x}", u64::from_be_bytes(bytes)))
+}

@@ -1,0 +1,380 @@
+//! Instances as the keeper sees them.
+//!
+//! ```text
+//! Starting ──Spawned──► Running ──Exited, or zygote lost──► Ended ──AcknowledgeExit──► forgotten
+//!     └──SpawnFailed, or zygote lost: refused, forgotten
+//! ```
+//! The end of an instance is told when nothing of it is left: its control groups are removed before.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use funtainer_model::{InstanceId, RevisionId};
+use rustix::fs::{FileType, Mode};
+use rustix::pipe::{PipeFlags, pipe_with};
+
+use super::layers::refusal;
+use super::{Keeper, Requester};
+use crate::cgroup::{CgroupError, GroupLimits, InstanceCgroup, Removal};
+use crate::fds::{self, Fds};
+use crate::mount::{self, Writable};
+use crate::orders::Order;
+use crate::protocol::{ExitRecord, Refusal, Reply, Streams};
+use crate::signals;
+use crate::step::{StepError, errno_of};
+use crate::zygote;
+
+/// Most instances, ended ones that are not acknowledged included. Each running one costs the keeper up to a dozen descriptors.
+const INSTANCES_MAX: usize = 1024;
+/// Smallest memory limit: below it not even the init fits.
+const MEMORY_BYTES_MIN: u64 = 1 << 20;
+/// Most processes and threads of an instance: far above what servers use, far below what a fork bomb needs to be felt.
+const PIDS_MAX: u32 = 4096;
+/// A busy control group is tried again after this.
+const REMOVAL_RETRY: Duration = Duration::from_millis(20);
+/// Permission bits of a log pipe: a process that has changed its user may open `/dev/stdout` again, for writing only.
+const LOG_MODE: u32 = 0o622;
+
+enum State {
+    Starting(Requester),
+    Running { pid: u32, pidfd: OwnedFd },
+    Ended { pid: u32, exit: ExitRecord },
+}
+
+pub(super) struct Instance {
+    revision: RevisionId,
+    /// Key of its zygote.
+    zygote: u64,
+    /// As the daemon gave it.
+    descriptor: Vec<u8>,
+    /// Read ends: standard error, then standard output if that is a log too. Empty after the end.
+    logs: Vec<OwnedFd>,
+    cgroup: Option<InstanceCgroup>,
+    state: State,
+}
+
+/// All instances.
+#[derive(Default)]
+pub(super) struct Instances {
+    by_id: HashMap<InstanceId, Instance>,
+    /// Control groups whose last process the kernel has not let go of.
+    removals: Vec<InstanceCgroup>,
+    retry: Option<Instant>,
+}
+
+impl Instances {
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.retry
+    }
+
+    pub(super) fn retry_removals(&mut self, now: Instant) {
+        if self.retry.is_none_or(|at| at > now) {
+            return;
+        }
+        self.removals.retain_mut(|cgroup| !matches!(cgroup.remove(), Ok(Removal::Done)));
+        self.retry = (!self.removals.is_empty()).then(|| now + REMOVAL_RETRY);
+    }
+
+    /// The last act: every process is dead, whatever is left goes now.
+    pub(super) fn remove_all(&mut self) {
+        let left = self.by_id.drain().filter_map(|(_, instance)| instance.cgroup).chain(self.removals.drain(..));
+        for mut cgroup in left {
+            // What stays is swept by the next start; the hierarchy's own removal will say so.
+            let _ = cgroup.remove();
+        }
+    }
+
+    fn release(&mut self, mut cgroup: InstanceCgroup) {
+        if !matches!(cgroup.remove(), Ok(Removal::Done)) {
+            self.removals.push(cgroup);
+            self.retry.get_or_insert_with(|| Instant::now() + REMOVAL_RETRY);
+        }
+    }
+}
+
+/// Both ends of a log pipe.
+struct Pipe {
+    read: OwnedFd,
+    write: OwnedFd,
+}
+
+impl Pipe {
+    fn log() -> Result<Self, Refusal> {
+        let failed = |errno| refusal(StepError { step: "make a log pipe", errno });
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC).map_err(failed)?;
+        rustix::fs::fchmod(&write, Mode::from_raw_mode(LOG_MODE)).map_err(failed)?;
+        Ok(Self { read, write })
+    }
+}
+
+/// What a start comes with.
+struct StartDescriptors {
+    daemon: OwnedFd,
+    /// Standard input and output of the call.
+    call: Option<(OwnedFd, OwnedFd)>,
+}
+
+impl StartDescriptors {
+    /// Takes them out, if they are of the number and kinds that the revision's streams ask for.
+    fn take(mut descriptors: Fds, streams: Streams) -> Result<Self, Refusal> {
+        let wrong = |text: &str| Refusal::Malformed(text.to_owned());
+        let expected = match streams {
+            Streams::Log => 1,
+            Streams::Call => 3,
+        };
+        if descriptors.len() != expected {
+            return Err(wrong("the start's descriptors do not fit the revision's streams"));
+        }
+        let mut take = |index, allowed: &[FileType]| {
+            let fd = descriptors.take(index).ok_or_else(|| wrong("a descriptor is missing"))?;
+            let found = rustix::fs::fstat(&fd).map_err(|errno| refusal(StepError { step: "look at a descriptor", errno }))?;
+            // A directory of the host, for one, would be a way out for the image.
+            if allowed.contains(&FileType::from_raw_mode(found.st_mode)) {
+                Ok(fd)
+            } else {
+                Err(wrong("a descriptor is neither pipe nor socket"))
+            }
+        };
+        let daemon = take(0, &[FileType::Socket])?;
+        let streams = [FileType::Fifo, FileType::Socket];
+        let call = if expected == 3 { Some((take(1, &streams)?, take(2, &streams)?)) } else { None };
+        Ok(Self { daemon, call })
+    }
+}
+
+impl Keeper {
+    /// Makes what an instance needs of the keeper and orders its start; the answer comes when its init lives.
+    pub(super) fn start(
+        &mut self,
+        requester: Requester,
+        id: InstanceId,
+        revision: RevisionId,
+        memory_bytes: u64,
+        descriptor: Vec<u8>,
+        descriptors: Fds,
+    ) {
+        if let Err(refused) = self.try_start(requester, id, revision, memory_bytes, descriptor, descriptors) {
+            self.reply(requester, &Reply::Refused(refused), &[]);
+        }
+    }
+
+    fn try_start(
+        &mut self,
+        requester: Requester,
+        id: InstanceId,
+        revision: RevisionId,
+        memory_bytes: u64,
+        descriptor: Vec<u8>,
+        descriptors: Fds,
+    ) -> Result<(), Refusal> {
+        if self.instances.by_id.contains_key(&id) {
+            return Err(Refusal::Malformed("the instance exists".to_owned()));
+        }
+        if memory_bytes < MEMORY_BYTES_MIN {
+            return Err(Refusal::Malformed(format!("the memory limit is below {MEMORY_BYTES_MIN} bytes")));
+        }
+        if self.instances.by_id.len() >= INSTANCES_MAX {
+            return Err(Refusal::Exhausted("instances".to_owned()));
+        }
+        let (key, zygote) = self.zygotes.ready(revision).ok_or(Refusal::NoZygote)?;
+        if zygote.live >= zygote::INSTANCES_MAX {
+            return Err(Refusal::Exhausted("instances of one revision".to_owned()));
+        }
+        let streams = zygote.streams;
+        let StartDescriptors { daemon, call } = StartDescriptors::take(descriptors, streams)?;
+        let limits = GroupLimits { memory_bytes, pids_max: PIDS_MAX };
+        let cgroup = self.cgroups.create(&id.to_string(), limits).map_err(|error| cgroup_refusal(&error))?;
+        let made = (|| {
+            let writable = Writable::make(memory_bytes, zygote.base).map_err(refusal)?;
+            let root = mount::overlay(&zygote.layers.borrow(), &writable).map_err(refusal)?;
+            let stderr = Pipe::log()?;
+            let stdout = if call.is_none() { Some(Pipe::log()?) } else { None };
+            Ok((writable, root, stderr, stdout))
+        })();
+        let (writable, root, stderr, stdout) = match made {
+            Ok(made) => made,
+            Err(refused) => {
+                self.instances.release(cgroup);
+                return Err(refused);
+            }
+        };
+        // Not now: the last close of a detached mount waits for the kernel.
+        self.spent.push(writable);
+
+        let mut sent = vec![root.as_fd(), daemon.as_fd()];
+        match (&call, &stdout) {
+            (Some((stdin, stdout)), _) => sent.extend([stdin.as_fd(), stdout.as_fd()]),
+            (None, Some(stdout)) => sent.push(stdout.write.as_fd()),
+            (None, None) => {}
+        }
+        sent.push(stderr.write.as_fd());
+        sent.extend(cgroup.doors());
+        let ordered = zygote.order(&self.epoll, Order::Spawn(id), &sent);
+        zygote.live += 1;
+        let logs = [Some(stderr), stdout].into_iter().flatten().map(|pipe| pipe.read).collect();
+        let state = State::Starting(requester);
+        let instance = Instance { revision, zygote: key, descriptor, logs, cgroup: Some(cgroup), state };
+        self.instances.by_id.insert(id, instance);
+        if let Err(fault) = ordered {
+            // The end of the zygote answers for the instance.
+            self.give_up(key, &format!("{fault:?}"));
+        }
+        Ok(())
+    }
+
+    /// A zygote says that an init lives; `None` if it was not to start one.
+    pub(super) fn instance_spawned(&mut self, key: u64, id: InstanceId, pidfd: OwnedFd) -> Option<()> {
+        let pid = pid_of(&pidfd)?;
+        let instance = self.instances.by_id.get_mut(&id).filter(|instance| instance.zygote == key)?;
+        let State::Starting(requester) = instance.state else { return None };
+        if requester.generation != self.generation || self.daemon.is_none() {
+            // Who asked is dead, and what it held of the instance with it.
+            let _ = fds::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+        }
+        instance.state = State::Running { pid, pidfd };
+        let logs: Vec<OwnedFd> = instance.logs.iter().map(OwnedFd::try_clone).collect::<Result<_, _>>().ok()?;
+        let logs: Vec<_> = logs.iter().map(AsFd::as_fd).collect();
+        self.reply(requester, &Reply::Started { pid }, &logs);
+        Some(())
+    }
+
+    /// A zygote says that it could not start an init.
+    pub(super) fn instance_not_spawned(&mut self, key: u64, id: InstanceId, refused: Refusal) -> Option<()> {
+        let instance = self.instances.by_id.get(&id).filter(|instance| instance.zygote == key)?;
+        let State::Starting(requester) = instance.state else { return None };
+        self.forget(id);
+        if let Some(zygote) = self.zygotes.get_mut(key) {
+            zygote.instance_gone();
+        }
+        self.reply(requester, &Reply::Refused(refused), &[]);
+        Some(())
+    }
+
+    /// A zygote says that it has reaped an init.
+    pub(super) fn instance_exited(&mut self, key: u64, id: InstanceId, status: i32) -> Option<()> {
+        let instance = self.instances.by_id.get(&id).filter(|instance| instance.zygote == key)?;
+        let State::Running { .. } = instance.state else { return None };
+        if let Some(zygote) = self.zygotes.get_mut(key) {
+            zygote.instance_gone();
+        }
+        self.end_instance(id, Some(status));
+        Some(())
+    }
+
+    /// A zygote is dead: so are its instances.
+    pub(super) fn instances_lost(&mut self, key: u64) {
+        let of_zygote = self.instances.by_id.iter().filter(|(_, instance)| instance.zygote == key);
+        let lost: Vec<InstanceId> = of_zygote.map(|(id, _)| *id).collect();
+        for id in lost {
+            match self.instances.by_id.get(&id).map(|instance| &instance.state) {
+                Some(State::Starting(requester)) => {
+                    let requester = *requester;
+                    self.forget(id);
+                    self.reply(requester, &Reply::Refused(Refusal::NoZygote), &[]);
+                }
+                Some(State::Running { .. }) => self.end_instance(id, None),
+                Some(State::Ended { .. }) | None => {}
+            }
+        }
+    }
+
+    /// Records the end of a running instance and tells it.
+    fn end_instance(&mut self, id: InstanceId, status: Option<i32>) {
+        let Some(instance) = self.instances.by_id.get_mut(&id) else { return };
+        let State::Running { pid, .. } = instance.state else { return };
+        let usage = instance.cgroup.as_ref().map(InstanceCgroup::usage).unwrap_or_default();
+        let exit = ExitRecord {
+            status,
+            out_of_memory: usage.oom_kills > 0,
+            memory_peak: usage.memory_peak_bytes.unwrap_or(0),
+            cpu_us: usage.cpu_us.unwrap_or(0),
+        };
+        instance.state = State::Ended { pid, exit };
+        instance.logs.clear();
+        if let Some(cgroup) = instance.cgroup.take() {
+            self.instances.release(cgroup);
+        }
+        self.event(&Reply::Exited { instance: id, exit });
+    }
+
+    fn forget(&mut self, id: InstanceId) {
+        if let Some(cgroup) = self.instances.by_id.remove(&id).and_then(|instance| instance.cgroup) {
+            self.instances.release(cgroup);
+        }
+    }
+
+    /// Sends a signal to the main process of an instance; SIGKILL to its init, and so to all of it.
+    pub(super) fn signal(&mut self, requester: Requester, id: InstanceId, signal: i32) {
+        let sent = match self.instances.by_id.get(&id).map(|instance| &instance.state) {
+            Some(State::Running { pidfd, .. }) if signal == libc::SIGKILL => fds::pidfd_signal(pidfd.as_fd(), signal),
+            Some(State::Running { pidfd, .. }) => signals::forward(pidfd.as_fd(), signal),
+            _ => Err(rustix::io::Errno::SRCH),
+        };
+        let reply = match sent {
+            Ok(()) => Reply::Done,
+            Err(rustix::io::Errno::SRCH) => Reply::Refused(Refusal::NoInstance),
+            Err(errno) => Reply::Refused(refusal(StepError { step: "send a signal", errno })),
+        };
+        self.reply(requester, &reply, &[]);
+    }
+
+    /// The zygote of a running instance.
+    pub(super) fn zygote_of(&self, id: InstanceId) -> Option<u64> {
+        let instance = self.instances.by_id.get(&id)?;
+        matches!(instance.state, State::Running { .. }).then_some(instance.zygote)
+    }
+
+    /// Tells of every instance but those whose start is not answered.
+    pub(super) fn list(&mut self, requester: Requester) {
+        let ids: Vec<InstanceId> = self.instances.by_id.keys().copied().collect();
+        for id in ids {
+            let Some(instance) = self.instances.by_id.get(&id) else { continue };
+            let (pid, exit) = match instance.state {
+                State::Starting(_) => continue,
+                State::Running { pid, .. } => (pid, None),
+                State::Ended { pid, exit } => (pid, Some(exit)),
+            };
+            let listed =
+                Reply::Listed { instance: id, revision: instance.revision, pid, descriptor: instance.descriptor.clone(), exit };
+            let logs: Result<Vec<OwnedFd>, _> = instance.logs.iter().map(OwnedFd::try_clone).collect();
+            match logs {
+                Ok(logs) => self.reply(requester, &listed, &logs.iter().map(AsFd::as_fd).collect::<Vec<_>>()),
+                Err(error) => {
+                    let failed = StepError { step: "copy the descriptor of a log", errno: errno_of(&error) };
+                    return self.reply(requester, &Reply::Refused(refusal(failed)), &[]);
+                }
+            }
+        }
+        self.reply(requester, &Reply::Done, &[]);
+    }
+
+    /// The daemon knows of an end: the record goes.
+    pub(super) fn acknowledge(&mut self, requester: Requester, id: InstanceId) {
+        let reply = match self.instances.by_id.get(&id).map(|instance| &instance.state) {
+            Some(State::Ended { .. }) => {
+                self.forget(id);
+                Reply::Done
+            }
+            _ => Reply::Refused(Refusal::NoInstance),
+        };
+        self.reply(requester, &reply, &[]);
+    }
+}
+
+/// The pid behind a handle as this process sees it, `Pid:` of its fdinfo (pidfd_open(2)); `None` for what is no handle or for a process
+/// outside of what this one sees.
+fn pid_of(pidfd: &OwnedFd) -> Option<u32> {
+    use std::os::fd::AsRawFd as _;
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
+    let pid = text.lines().find_map(|line| line.strip_prefix("Pid:"))?;
+    pid.trim().parse().ok().filter(|pid| *pid != 0)
+}
+
+fn cgroup_refusal(error: &CgroupError) -> Refusal {
+    let errno = match error {
+        CgroupError::Step { source, .. } => source.errno.raw_os_error(),
+        _ => libc::EIO,
+    };
+    Refusal::System { step: error.to_string(), errno }
+}

@@ -1,0 +1,174 @@
+//! The daemon's birth: from a copy of the keeper to an unprivileged program in a root of its own.
+//!
+//! Runs in the forked child, which is a process with one thread and may allocate. What the daemon sees: `/data` (the data directory), `/etc`
+//! and `/usr` read-only (names, certificates, time zones), the directory that `/etc/resolv.conf` points into, `/proc`, `/dev/null`,
+//! `/dev/urandom`. Its program is the keeper's own, by `/proc/self/exe`: no directory on the way to it need be open to it.
+
+use std::ffi::{CStr, CString};
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::OpenTreeFlags;
+use rustix::thread::CapabilitySet;
+
+use super::data::DaemonUser;
+use crate::daemon::{ADMIN, CONTROL, FIRST_TCP};
+use crate::mount::{self, INERT, Tmpfs};
+use crate::signals::{self, SignalSet};
+use crate::step::{StepError, at, errno_of};
+use crate::{fds, userns};
+
+/// Room of the daemon's root: names only.
+const ROOT_BYTES: u64 = 1 << 20;
+/// Where descriptors wait that are to be placed at fixed numbers; above all of those.
+const WAITING: i32 = 256;
+
+/// What a daemon is made from.
+pub(super) struct Birth<'a> {
+    pub(super) data: &'a Path,
+    pub(super) user: DaemonUser,
+    /// The whole command line.
+    pub(super) argv: &'a [CString],
+    pub(super) control: BorrowedFd<'a>,
+    pub(super) admin: BorrowedFd<'a>,
+    pub(super) listeners: &'a [OwnedFd],
+    /// Pid of the keeper.
+    pub(super) keeper: i32,
+}
+
+/// Turns this process into the daemon; returns only on failure.
+pub(super) fn become_daemon(birth: &Birth<'_>) -> StepError {
+    let failed = enter(birth).and_then(|()| place_descriptors(birth)).and_then(|()| drop_privileges(birth));
+    match failed {
+        Ok(()) => exec(birth.argv),
+        Err(error) => error,
+    }
+}
+
+/// Builds the root on the place of `/sys` and moves into it.
+fn enter(birth: &Birth<'_>) -> Result<(), StepError> {
+    mount::make_private()?;
+    let mut trees = Vec::new();
+    for (source, target, recursive) in [
+        (birth.data, Path::new("data"), false),
+        (Path::new("/etc"), Path::new("etc"), false),
+        (Path::new("/usr"), Path::new("usr"), true),
+        (Path::new("/proc"), Path::new("proc"), true),
+    ] {
+        trees.push((clone_tree(source, recursive)?, target.to_owned()));
+    }
+    let resolver = resolver_directory();
+    if let Some(directory) = &resolver {
+        trees.push((clone_tree(directory, false)?, directory.strip_prefix("/").unwrap_or(directory).to_owned()));
+    }
+
+    let tmpfs = Tmpfs { size_bytes: ROOT_BYTES, uid: 0, gid: 0, mode: 0o755, attributes: INERT };
+    let root = mount::tmpfs(&tmpfs)?;
+    mount::attach(root.as_fd(), open_path(c"/sys")?.as_fd())?;
+    for (tree, target) in trees {
+        mount::attach(tree.as_fd(), make_path(root.as_fd(), &target)?.as_fd())?;
+    }
+    let (host, dev) = (open_path(c"/dev")?, make_path(root.as_fd(), Path::new("dev"))?);
+    for name in [c"null", c"urandom"] {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
+        rustix::fs::openat(&dev, name, flags, Mode::from_raw_mode(0o666)).map_err(at("make a file for a device"))?;
+        mount::bind_file(host.as_fd(), name, dev.as_fd(), name)?;
+    }
+    drop((host, dev));
+    mount::pivot(root.as_fd())?;
+    for path in [c"/etc", c"/usr"] {
+        mount::remount_read_only(path)?;
+    }
+    if let Some(directory) = resolver {
+        mount::remount_read_only(&c_path(&directory)?)?;
+    }
+    Ok(())
+}
+
+/// The directory that `/etc/resolv.conf` leads to, where that is outside of `/etc` and `/usr` (systemd-resolved: `/run/systemd/resolve`).
+fn resolver_directory() -> Option<PathBuf> {
+    let file = fs::canonicalize("/etc/resolv.conf").ok()?;
+    let directory = file.parent()?;
+    let covered = directory == Path::new("/") || ["/etc", "/usr", "/proc"].iter().any(|root| directory.starts_with(root));
+    (!covered).then(|| directory.to_owned())
+}
+
+fn clone_tree(path: &Path, recursive: bool) -> Result<OwnedFd, StepError> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    rustix::mount::open_tree(rustix::fs::CWD, path, flags).map_err(at("clone a directory of the host for the daemon"))
+}
+
+fn open_path(path: &CStr) -> Result<OwnedFd, StepError> {
+    rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(at("open a mount point"))
+}
+
+/// Makes and opens a relative path beneath our own new root.
+fn make_path(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, StepError> {
+    let mut place = root.try_clone_to_owned().map_err(|e| StepError { step: "copy a descriptor", errno: errno_of(&e) })?;
+    for name in path.components() {
+        place = mount::target(place.as_fd(), &c_path(Path::new(name.as_os_str()))?)?;
+    }
+    Ok(place)
+}
+
+fn c_path(path: &Path) -> Result<CString, StepError> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| StepError { step: "name a path", errno: Errno::INVAL })
+}
+
+/// `/dev/null` at 0 and 1 (the standard output is the keeper's alone), the logs at 2, then what the daemon takes over; nothing else.
+fn place_descriptors(birth: &Birth<'_>) -> Result<(), StepError> {
+    let failed = "place the daemon's descriptors";
+    let null = rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(at(failed))?;
+    let order = [(null.as_fd(), 0), (null.as_fd(), 1), (birth.control, CONTROL), (birth.admin, ADMIN)];
+    let listeners = birth.listeners.iter().map(AsFd::as_fd).zip(FIRST_TCP..);
+    let mut waiting = Vec::new();
+    for (fd, number) in order.into_iter().chain(listeners) {
+        waiting.push((rustix::io::fcntl_dupfd_cloexec(fd, WAITING).map_err(at(failed))?, number));
+    }
+    let end = FIRST_TCP + birth.listeners.len() as i32;
+    for (fd, number) in &waiting {
+        fds::place(fd.as_fd(), *number).map_err(at(failed))?;
+    }
+    // The copies are close-on-exec, like all else above.
+    std::mem::forget(waiting);
+    std::mem::forget(null);
+    fds::cloexec_from(end).map_err(at(failed))
+}
+
+fn drop_privileges(birth: &Birth<'_>) -> Result<(), StepError> {
+    userns::drop_bounding(CapabilitySet::empty())?;
+    userns::no_new_privs()?;
+    userns::become_user(birth.user.uid, birth.user.gid, &[])?;
+    userns::set_capabilities(CapabilitySet::empty())?;
+    rustix::process::umask(Mode::from_raw_mode(0o077));
+    signals::reset_actions();
+    signals::set_mask(&SignalSet::empty()).map_err(at("unblock signals"))?;
+    // Last: changing ids clears it (prctl(2)). A keeper that died before is no parent any more.
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .map_err(at("set the parent-death signal"))?;
+    match rustix::process::getppid() {
+        Some(parent) if parent.as_raw_pid() == birth.keeper => Ok(()),
+        _ => Err(StepError { step: "find the keeper alive", errno: Errno::SRCH }),
+    }
+}
+
+fn exec(argv: &[CString]) -> StepError {
+    let pointers: Vec<_> = argv.iter().map(|argument| argument.as_ptr()).chain([std::ptr::null()]).collect();
+    let env: Vec<CString> = std::env::vars_os()
+        .filter_map(|(name, value)| CString::new([name.as_bytes(), b"=", value.as_bytes()].concat()).ok())
+        .collect();
+    let env: Vec<_> = env.iter().map(|variable| variable.as_ptr()).chain([std::ptr::null()]).collect();
+    // SAFETY: all three are NUL- or null-terminated and live; on success this memory is gone, on failure the call returns.
+    unsafe { libc::execve(c"/proc/self/exe".as_ptr(), pointers.as_ptr(), env.as_ptr()) };
+    StepError {
+        step: "execute the daemon (its file must be executable by everybody)",
+        errno: errno_of(&std::io::Error::last_os_error()),
+    }
+}

@@ -1,0 +1,153 @@
+//! Layers: committed by the keeper alone, mounted once each, lent to zygotes with their ids.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::rc::{Rc, Weak};
+
+use funtainer_model::LayerId;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::mount;
+use crate::protocol::Refusal;
+use crate::step::{StepError, checked};
+
+/// Where the superblock stands, and what of it is looked at: magic number, block size, features that a reader must know.
+const SUPERBLOCK_OFFSET: u64 = 1024;
+const SUPERBLOCK_BYTES: usize = 128;
+const MAGIC: u32 = 0xE0F5_E1E2;
+const FEATURE_INCOMPAT_OFFSET: usize = 80;
+/// Mode of a committed layer.
+const COMMITTED_MODE: u32 = 0o444;
+
+/// The mounted layers. One that no zygote uses is unmounted.
+#[derive(Default)]
+pub(super) struct Layers {
+    mounted: HashMap<LayerId, Weak<OwnedFd>>,
+}
+
+/// The layers of one zygote.
+pub(super) struct Lent {
+    /// With the zygote's ids; the uppermost first, as an overlay wants them.
+    mapped: Vec<OwnedFd>,
+    /// What they are clones of.
+    _mounted: Vec<Rc<OwnedFd>>,
+}
+
+impl Lent {
+    /// Uppermost first.
+    pub(super) fn borrow(&self) -> Vec<BorrowedFd<'_>> {
+        self.mapped.iter().map(AsFd::as_fd).collect()
+    }
+}
+
+impl Layers {
+    /// Mounts what is not mounted yet, and maps ids. `layers` is bottom to top.
+    pub(super) fn lend(&mut self, store: BorrowedFd<'_>, layers: &[LayerId], ids: BorrowedFd<'_>) -> Result<Lent, Refusal> {
+        let mut lent = Lent { mapped: Vec::with_capacity(layers.len()), _mounted: Vec::with_capacity(layers.len()) };
+        for layer in layers.iter().rev() {
+            let mounted = self.mount(store, *layer)?;
+            lent.mapped.push(mount::idmapped(mounted.as_fd(), ids).map_err(refusal)?);
+            lent._mounted.push(mounted);
+        }
+        self.mounted.retain(|_, mounted| mounted.strong_count() > 0);
+        Ok(lent)
+    }
+
+    fn mount(&mut self, store: BorrowedFd<'_>, layer: LayerId) -> Result<Rc<OwnedFd>, Refusal> {
+        if let Some(mounted) = self.mounted.get(&layer).and_then(Weak::upgrade) {
+            return Ok(mounted);
+        }
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = match rustix::fs::openat(store, layer.file_name(), flags, Mode::empty()) {
+            Ok(file) => file,
+            Err(Errno::NOENT) => return Err(Refusal::NoLayer(layer)),
+            Err(errno) => return Err(refusal(StepError { step: "open a layer", errno })),
+        };
+        let found = rustix::fs::fstat(&file).map_err(|errno| refusal(StepError { step: "look at a layer", errno }))?;
+        // Nobody but root can have put it into the directory; a file that is not as it was committed was touched by hand.
+        if found.st_uid != 0 || found.st_mode & 0o7777 != COMMITTED_MODE {
+            return Err(refusal(StepError { step: "find a layer as it was committed", errno: Errno::PERM }));
+        }
+        let mounted = Rc::new(mount::erofs(file.as_fd()).map_err(refusal)?);
+        self.mounted.insert(layer, Rc::downgrade(&mounted));
+        Ok(mounted)
+    }
+}
+
+/// Takes a finished layer into the store. From here on it belongs to root and nobody writes it; a layer of that name stays as it is.
+///
+/// The daemon may still try to keep a writer: the lease proves that there is none, the change of owner forbids new ones, and the second
+/// look at the lease catches who came between.
+pub(super) fn commit(store: BorrowedFd<'_>, layer: LayerId, file: &OwnedFd) -> Result<(), Refusal> {
+    let malformed = |text: &str| Refusal::Malformed(text.to_owned());
+    let failed = |step| move |errno| refusal(StepError { step, errno });
+    let name = layer.file_name();
+    if rustix::fs::statat(store, &*name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+        return Ok(());
+    }
+    let found = rustix::fs::fstat(file).map_err(failed("look at a layer"))?;
+    let directory = rustix::fs::fstat(store).map_err(failed("look at the store"))?;
+    if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile || found.st_dev != directory.st_dev {
+        return Err(malformed("the layer is no regular file on the store's file system"));
+    }
+    if rustix::fs::fcntl_getfl(file).map_err(failed("look at a layer"))? & OFlags::RWMODE != OFlags::RDONLY {
+        return Err(malformed("the layer's descriptor is not read-only"));
+    }
+    // An open file of our own: a lease belongs to the open file, and the daemon holds the one that it sent.
+    let file =
+        &rustix::fs::open(format!("/proc/self/fd/{}", file.as_raw_fd()), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(failed("open a layer again"))?;
+    check_superblock(file)?;
+    lease(file, libc::F_RDLCK).map_err(|errno| match errno {
+        Errno::AGAIN => malformed("the layer still has a writer"),
+        errno => refusal(StepError { step: "prove that a layer has no writer", errno }),
+    })?;
+    let root = (Some(rustix::process::Uid::ROOT), Some(rustix::process::Gid::ROOT));
+    let committed = rustix::fs::fchown(file, root.0, root.1)
+        .and_then(|()| rustix::fs::fchmod(file, Mode::from_raw_mode(COMMITTED_MODE)))
+        .map_err(failed("take over a layer"))
+        .and_then(|()| {
+            // A writer that was let in before the change waits for the lease, which is then no longer whole; the new lease is refused
+            // to one that was faster.
+            let whole = current_lease(file).is_ok_and(|kind| kind == libc::F_RDLCK) && lease(file, libc::F_RDLCK).is_ok();
+            if whole { Ok(()) } else { Err(malformed("the layer got a writer")) }
+        })
+        .and_then(|()| match rustix::fs::linkat(file, c"", store, &*name, AtFlags::EMPTY_PATH) {
+            Ok(()) | Err(Errno::EXIST) => Ok(()),
+            Err(errno) => Err(refusal(StepError { step: "link a layer into the store", errno })),
+        });
+    // Fails only if there is none any more.
+    let _ = lease(file, libc::F_UNLCK);
+    committed
+}
+
+/// Refuses what our writer never writes: the kernel's reader of compressed or chunked images need not be reachable for a daemon.
+fn check_superblock(file: &OwnedFd) -> Result<(), Refusal> {
+    let mut bytes = [0_u8; SUPERBLOCK_BYTES];
+    let read = rustix::io::pread(file, &mut bytes[..], SUPERBLOCK_OFFSET)
+        .map_err(|errno| refusal(StepError { step: "read the superblock of a layer", errno }))?;
+    let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    if read < SUPERBLOCK_BYTES || word(0) != MAGIC {
+        return Err(Refusal::Malformed("the layer is no erofs image".to_owned()));
+    }
+    match word(FEATURE_INCOMPAT_OFFSET) {
+        0 => Ok(()),
+        features => Err(Refusal::Malformed(format!("the layer uses erofs features {features:#x} that layers do not have"))),
+    }
+}
+
+fn lease(file: &OwnedFd, kind: libc::c_int) -> Result<(), Errno> {
+    // SAFETY: integers only. rustix has no leases.
+    checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) }.into()).map(drop)
+}
+
+fn current_lease(file: &OwnedFd) -> Result<libc::c_int, Errno> {
+    // SAFETY: integers only.
+    checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLEASE) }.into()).map(|kind| kind as libc::c_int)
+}
+
+/// As the protocol says it.
+pub(super) fn refusal(error: StepError) -> Refusal {
+    Refusal::System { step: error.step.to_owned(), errno: error.errno.raw_os_error() }
+}

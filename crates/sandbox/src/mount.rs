@@ -1,0 +1,188 @@
+//! Mounts, made by descriptors: nothing is found by a path that somebody else can change.
+//!
+//! Who does what, in the order of a start (sequence A):
+//! 1. keeper, once per layer: [`erofs`] mounts the file; the mount belongs to no namespace and lives as long as its descriptor.
+//! 2. keeper, once per function: [`idmapped`] clones it with the function's ids.
+//! 3. keeper, per instance: [`Writable::make`] and [`overlay`] make the root file system, which the init gets as a descriptor.
+//! 4. zygote, once: [`make_private`], [`device_tree`].
+//! 5. init: [`attach`] the root, [`target`] and [`attach`] for `/proc`, `/sys`, `/dev` and what lies in it, [`pivot`], [`mask_all`].
+//!
+//! Functions that the init calls neither allocate nor lock; they say so. [`probe`] tells what the running kernel lacks.
+
+mod inside;
+mod layers;
+mod probe;
+
+pub use inside::{
+    DEVICES, MASKED, READ_ONLY, attach, bind_file, cgroup_view, device_tree, make_private, mask_all, move_tree, pivot,
+    remount_read_only, target,
+};
+pub use layers::{Writable, erofs, idmapped, overlay};
+pub use probe::{Missing, probe};
+
+use std::ffi::CStr;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+};
+
+use crate::step::{StepError, at, checked};
+
+/// `nosuid`, `nodev`, `noexec`: for file systems that hold no programs.
+pub const INERT: MountAttrFlags =
+    MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV).union(MountAttrFlags::MOUNT_ATTR_NOEXEC);
+
+/// How a tmpfs is made.
+#[derive(Debug, Clone, Copy)]
+pub struct Tmpfs {
+    /// Most bytes that it may hold.
+    pub size_bytes: u64,
+    /// Owner of its root directory, as the caller's user namespace counts.
+    pub uid: u32,
+    /// Group of its root directory.
+    pub gid: u32,
+    /// Permission bits of its root directory.
+    pub mode: u32,
+    /// Flags of the mount.
+    pub attributes: MountAttrFlags,
+}
+
+/// A new tmpfs, attached nowhere yet.
+///
+/// Neither allocates nor locks: may be called between clone and exec.
+pub fn tmpfs(options: &Tmpfs) -> Result<OwnedFd, StepError> {
+    let context = open(c"tmpfs", "fsopen tmpfs")?;
+    let mut digits = Digits::new();
+    for (key, value) in [(c"size", options.size_bytes), (c"uid", u64::from(options.uid)), (c"gid", u64::from(options.gid))] {
+        fsconfig_set_string(&context, key, digits.decimal(value)).map_err(at("set an option of a tmpfs"))?;
+    }
+    fsconfig_set_string(&context, c"mode", digits.octal(u64::from(options.mode))).map_err(at("set the mode of a tmpfs"))?;
+    create(&context, options.attributes, "create a tmpfs")
+}
+
+/// A new procfs of the caller's pid namespace: `nosuid`, `nodev`, `noexec`. `EPERM` where no full proc is visible to the caller.
+///
+/// Neither allocates nor locks: may be called between clone and exec.
+pub fn procfs() -> Result<OwnedFd, StepError> {
+    create(&open(c"proc", "fsopen proc")?, INERT, "create a procfs")
+}
+
+/// A new sysfs of the caller's network namespace, read-only. `EPERM` where no full sysfs is visible to the caller.
+///
+/// Neither allocates nor locks: may be called between clone and exec.
+pub fn sysfs() -> Result<OwnedFd, StepError> {
+    create(&open(c"sysfs", "fsopen sysfs")?, INERT | MountAttrFlags::MOUNT_ATTR_RDONLY, "create a sysfs")
+}
+
+/// A new devpts with a `ptmx` of its own that everybody may open; terminals belong to group 5 (`tty` in all distributions).
+///
+/// Neither allocates nor locks: may be called between clone and exec.
+pub fn devpts() -> Result<OwnedFd, StepError> {
+    let context = open(c"devpts", "fsopen devpts")?;
+    for (key, value) in [(c"ptmxmode", c"0666"), (c"mode", c"0620"), (c"gid", c"5")] {
+        fsconfig_set_string(&context, key, value).map_err(at("set an option of a devpts"))?;
+    }
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    create(&context, attributes, "create a devpts")
+}
+
+/// The message queues of the caller's ipc namespace.
+///
+/// Neither allocates nor locks: may be called between clone and exec.
+pub fn mqueue() -> Result<OwnedFd, StepError> {
+    create(&open(c"mqueue", "fsopen mqueue")?, INERT, "create an mqueue file system")
+}
+
+fn open(kind: &CStr, step: &'static str) -> Result<OwnedFd, StepError> {
+    fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).map_err(at(step))
+}
+
+fn read_only(context: &OwnedFd) -> Result<(), StepError> {
+    fsconfig_set_flag(context, c"ro").map_err(at("set a file system read-only"))
+}
+
+fn create(context: &OwnedFd, attributes: MountAttrFlags, step: &'static str) -> Result<OwnedFd, StepError> {
+    fsconfig_create(context).and_then(|()| fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)).map_err(at(step))
+}
+
+/// `struct mount_attr` of mount_setattr(2).
+#[derive(Default)]
+#[repr(C)]
+struct Attributes {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+/// mount_setattr(2) on `path` beneath `directory`; an empty path means the mount behind the descriptor.
+fn set_attributes(directory: BorrowedFd<'_>, path: &CStr, flags: libc::c_int, attributes: &Attributes) -> Result<(), Errno> {
+    // SAFETY: the path ends in NUL and the structure is the kernel's first version, whose size is passed; both live through the call.
+    // rustix has no wrapper.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            directory.as_raw_fd(),
+            path.as_ptr(),
+            flags,
+            std::ptr::from_ref(attributes),
+            size_of::<Attributes>(),
+        )
+    };
+    checked(result).map(drop)
+}
+
+/// A number as a C string, without an allocation.
+struct Digits([u8; Self::BYTES]);
+
+impl Digits {
+    /// `u64::MAX` has 20 decimal and 22 octal digits; NUL.
+    const BYTES: usize = 23;
+
+    const fn new() -> Self {
+        Self([0; Self::BYTES])
+    }
+
+    fn decimal(&mut self, number: u64) -> &CStr {
+        self.write(number, 10)
+    }
+
+    fn octal(&mut self, number: u64) -> &CStr {
+        self.write(number, 8)
+    }
+
+    fn write(&mut self, mut number: u64, base: u64) -> &CStr {
+        let mut start = Self::BYTES - 1;
+        self.0[start] = 0;
+        loop {
+            start -= 1;
+            self.0[start] = b'0' + (number % base) as u8;
+            number /= base;
+            if number == 0 {
+                break;
+            }
+        }
+        CStr::from_bytes_until_nul(&self.0[start..]).expect("the last byte is NUL")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_written_whole() {
+        for (number, decimal, octal) in [
+            (0, c"0", c"0"),
+            (7, c"7", c"7"),
+            (493, c"493", c"755"),
+            (u64::MAX, c"18446744073709551615", c"1777777777777777777777"),
+        ] {
+            let mut digits = Digits::new();
+            assert_eq!(digits.decimal(number), decimal);
+            assert_eq!(digits.octal(number), octal);
+        }
+    }
+}

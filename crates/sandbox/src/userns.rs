@@ -1,0 +1,176 @@
+//! Users and their powers: user namespaces, capabilities, ids.
+
+use std::io::Write;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::process::{Gid, Uid};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+use crate::fds::{Exit, pidfd_reap, pidfd_signal};
+use crate::step::{StepError, at, checked, errno_of};
+
+/// How many ids each function has: 0 to 65,535 inside, as images expect.
+pub const IDS: u32 = 0x1_0000;
+
+/// What a container's root may do within its namespaces: the default of Docker less `NET_RAW`, `MKNOD`, `AUDIT_WRITE` and `SYS_CHROOT`.
+pub const KEPT: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::KILL)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETPCAP)
+    .union(CapabilitySet::SETFCAP)
+    .union(CapabilitySet::NET_BIND_SERVICE);
+
+/// Number of the last capability that any kernel so far has (`CAP_CHECKPOINT_RESTORE`) with room for those to come: one past it is
+/// `EINVAL`, which ends the loop over the bounding set.
+const CAPABILITIES_MAX: u32 = 63;
+
+/// Makes a user namespace in which the ids 0 to 65,535 are the host's `base` to `base + 65535`, and returns its descriptor (what
+/// `/proc/PID/ns/user` is). For idmapped mounts, and for children to enter. Needs CAP_SETUID and CAP_SETGID over the host ids.
+///
+/// A namespace needs a process to be born in: one is cloned for it, and reaped before this returns.
+pub fn make(base: u32) -> Result<OwnedFd, StepError> {
+    let child = Sleeper::spawn()?;
+    let map = format!("0 {base} {IDS}\n");
+    write_proc(child.pid, "uid_map", map.as_bytes()).map_err(at("write uid_map of a new user namespace"))?;
+    write_proc(child.pid, "gid_map", map.as_bytes()).map_err(at("write gid_map of a new user namespace"))?;
+    let path = format!("/proc/{}/ns/user", child.pid);
+    let namespace =
+        std::fs::File::open(path).map_err(|error| StepError { step: "open a new user namespace", errno: errno_of(&error) })?;
+    Ok(namespace.into())
+}
+
+/// Writes `/proc/PID/FILE` in one write, as the id maps ask for.
+pub fn write_proc(pid: i32, file: &str, bytes: &[u8]) -> Result<(), Errno> {
+    let open = std::fs::OpenOptions::new().write(true).open(format!("/proc/{pid}/{file}"));
+    open.and_then(|mut file| file.write_all(bytes)).map_err(|error| errno_of(&error))
+}
+
+/// Gives the process `pid` (born with `CLONE_NEWUSER`) the map of [`make`].
+pub fn write_maps(pid: i32, base: u32) -> Result<(), StepError> {
+    let map = format!("0 {base} {IDS}\n");
+    write_proc(pid, "uid_map", map.as_bytes()).map_err(at("write uid_map"))?;
+    write_proc(pid, "gid_map", map.as_bytes()).map_err(at("write gid_map"))
+}
+
+/// Becomes root of the user namespace that this process is in: all three user and group ids 0, no supplementary groups.
+///
+/// Raw system calls on the calling thread only: may be called between clone and exec.
+pub fn become_root() -> Result<(), StepError> {
+    become_user(Uid::ROOT, Gid::ROOT, &[])
+}
+
+/// Sets the supplementary groups, then all group ids, then all user ids of the calling thread. Leaving uid 0 clears the effective and
+/// permitted capabilities (capabilities(7)).
+///
+/// Raw system calls on the calling thread only, where the C library would signal all threads: may be called between clone and exec.
+pub fn become_user(uid: Uid, gid: Gid, groups: &[Gid]) -> Result<(), StepError> {
+    rustix::thread::set_thread_groups(groups).map_err(at("setgroups"))?;
+    rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(at("setresgid"))?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(at("setresuid"))
+}
+
+/// Takes all but `kept` out of the bounding set, for good: no exec brings them back. Needs CAP_SETPCAP.
+///
+/// Raw system calls: may be called between clone and exec.
+pub fn drop_bounding(kept: CapabilitySet) -> Result<(), StepError> {
+    for number in 0..=CAPABILITIES_MAX {
+        let capability = CapabilitySet::from_bits_retain(1 << number);
+        if kept.contains(capability) {
+            continue;
+        }
+        match rustix::thread::remove_capability_from_bounding_set(capability) {
+            Ok(()) => {}
+            Err(Errno::INVAL) => return Ok(()),
+            Err(errno) => return Err(StepError { step: "drop a capability from the bounding set", errno }),
+        }
+    }
+    Ok(())
+}
+
+/// Leaves the calling thread with `kept` as effective and permitted capabilities, none inheritable, none ambient.
+///
+/// Raw system calls: may be called between clone and exec.
+pub fn set_capabilities(kept: CapabilitySet) -> Result<(), StepError> {
+    rustix::thread::clear_ambient_capability_set().map_err(at("clear the ambient capabilities"))?;
+    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() };
+    rustix::thread::set_capabilities(None, sets).map_err(at("capset"))
+}
+
+/// No exec gives new powers from now on: neither setuid bits nor file capabilities count.
+///
+/// One system call: may be called between clone and exec.
+pub fn no_new_privs() -> Result<(), StepError> {
+    rustix::thread::set_no_new_privs(true).map_err(at("set no_new_privs"))
+}
+
+/// A child in a new user namespace that does nothing; killed and reaped when dropped.
+struct Sleeper {
+    pid: i32,
+    pidfd: OwnedFd,
+}
+
+impl Sleeper {
+    fn spawn() -> Result<Self, StepError> {
+        let mut pidfd: libc::c_int = -1;
+        let parent = rustix::process::getpid().as_raw_pid();
+        // No exit signal: the death of this child is no event for the caller's SIGCHLD.
+        let arguments = CloneArguments {
+            flags: (libc::CLONE_NEWUSER | libc::CLONE_PIDFD) as u64,
+            pidfd: std::ptr::from_mut(&mut pidfd).expose_provenance() as u64,
+            ..CloneArguments::default()
+        };
+        // SAFETY: the structure is the kernel's clone_args in its first version (64 bytes, its size is passed), the pointer in it is
+        // live. Without CLONE_VM the child has its own copy of the memory; it makes raw system calls only, so that it needs no lock
+        // that another thread might have held. rustix has no clone.
+        let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<CloneArguments>()) };
+        let pid = checked(result).map_err(at("clone a process in a new user namespace"))? as i32;
+        if pid == 0 {
+            sleep_until_killed(parent);
+        }
+        // SAFETY: the kernel stored a new descriptor of ours there, since it returned a pid with CLONE_PIDFD set.
+        let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+        Ok(Self { pid, pidfd })
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        // It can only fail with ESRCH, when somebody else has ended and reaped it.
+        if pidfd_signal(self.pidfd.as_fd(), libc::SIGKILL).is_ok() {
+            let reaped: Result<Option<Exit>, Errno> = pidfd_reap(self.pidfd.as_fd(), true);
+            debug_assert!(reaped.is_ok(), "the child of a user namespace cannot be reaped: {reaped:?}");
+        }
+    }
+}
+
+/// The whole life of the child: dies with its parent, else by its signal.
+fn sleep_until_killed(parent: i32) -> ! {
+    // SAFETY: raw system calls without memory, safe in a child of a process with threads.
+    unsafe {
+        libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0);
+        // A parent that died before the line above sent no signal.
+        while libc::syscall(libc::SYS_getppid) == libc::c_long::from(parent) {
+            libc::syscall(libc::SYS_ppoll, 0, 0, 0, 0, 0);
+        }
+        libc::_exit(1)
+    }
+}
+
+/// `struct clone_args` of clone(2), first version.
+#[derive(Default)]
+#[repr(C)]
+struct CloneArguments {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+}
