@@ -22,9 +22,14 @@ use crate::sockets::Sockets;
 const DRAIN_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// All of them.
-#[derive(Default)]
 pub(crate) struct Instances {
-    records: Mutex<HashMap<InstanceId, Record>>,
+    table: Mutex<Table>,
+}
+
+struct Table {
+    records: HashMap<InstanceId, Record>,
+    /// Ends of instances of a former daemon, until those are known; `None` from then on.
+    unknown: Option<HashMap<InstanceId, ExitRecord>>,
 }
 
 /// One.
@@ -44,6 +49,19 @@ pub(crate) struct Begun {
     pub(crate) captures: oneshot::Sender<Vec<Capture>>,
 }
 
+/// An end that is not all told.
+pub(crate) struct Ending {
+    record: ExitRecord,
+    captures: Option<oneshot::Receiver<Vec<Capture>>>,
+    published: bool,
+}
+
+impl Default for Instances {
+    fn default() -> Self {
+        Self { table: Mutex::new(Table { records: HashMap::new(), unknown: Some(HashMap::new()) }) }
+    }
+}
+
 impl Instances {
     /// Takes note of an instance that is about to exist.
     pub(crate) fn begin(
@@ -56,38 +74,46 @@ impl Instances {
         let (exit_sender, exit) = watch::channel(None);
         let (captures, receiver) = oneshot::channel();
         let record = Record { exit: exit_sender, captures: Some(receiver), sockets, streams, stop_signal };
-        self.lock().insert(instance, record);
+        self.lock().records.insert(instance, record);
         Begun { exit, captures }
     }
 
     /// Forgets one that never came to exist.
     pub(crate) fn forget(&self, instance: InstanceId) {
-        let record = self.lock().remove(&instance);
+        let record = self.lock().records.remove(&instance);
         drop(record);
     }
 
     /// What ends an instance, and its end. `None` for one that has ended.
     pub(crate) fn ending(&self, instance: InstanceId) -> Option<(StopSignal, ExitFuture)> {
-        self.lock().get(&instance).map(|record| (record.stop_signal, record.exit.subscribe()))
+        self.lock().records.get(&instance).map(|record| (record.stop_signal, record.exit.subscribe()))
     }
 
-    /// An instance is reaped: publishes that once its log is here. A command whose call waits for nothing but its good end is not held
-    /// up by its log.
-    pub(crate) async fn exited(&self, instance: InstanceId, record: ExitRecord) {
-        let (captures, early) = {
-            let mut records = self.lock();
-            let Some(known) = records.get_mut(&instance) else { return };
-            if let Some(sockets) = known.sockets.take() {
-                sockets.close();
+    /// An instance is reaped. A command whose call waits for nothing but its good end is not held up by its log: that end is
+    /// published here. `None` for an instance that is not known, or not yet.
+    pub(crate) fn exited(&self, instance: InstanceId, record: ExitRecord) -> Option<Ending> {
+        let mut table = self.lock();
+        let Table { records, unknown } = &mut *table;
+        let Some(known) = records.get_mut(&instance) else {
+            if let Some(unknown) = unknown {
+                unknown.insert(instance, record);
             }
-            let early = known.streams == StandardStreams::Call && record.status == Some(0);
-            if early {
-                known.exit.send_replace(Some(report(record, Bytes::new())));
-            }
-            (known.captures.take(), early)
+            return None;
         };
+        if let Some(sockets) = known.sockets.take() {
+            sockets.close();
+        }
+        let published = known.streams == StandardStreams::Call && record.status == Some(0);
+        if published {
+            known.exit.send_replace(Some(report(record, Bytes::new())));
+        }
+        Some(Ending { record, captures: known.captures.take(), published })
+    }
+
+    /// Waits for the rest of the log, then publishes the end where that is not done yet, and forgets the instance.
+    pub(crate) async fn finish(&self, instance: InstanceId, ending: Ending) {
         let mut tail = Bytes::new();
-        if let Some(captures) = captures {
+        if let Some(captures) = ending.captures {
             let drained = async {
                 // Without captures the start was given up.
                 let mut captures = captures.await.unwrap_or_default();
@@ -98,16 +124,27 @@ impl Instances {
             };
             tail = tokio::time::timeout(2 * DRAIN_TIME_MAX, drained).await.unwrap_or_default();
         }
-        if let Some(known) = self.lock().remove(&instance)
-            && !early
+        let known = self.lock().records.remove(&instance);
+        if let Some(known) = known
+            && !ending.published
         {
-            known.exit.send_replace(Some(report(record, tail)));
+            known.exit.send_replace(Some(report(ending.record, tail)));
         }
+    }
+
+    /// Whether its end was noted although it is not known yet.
+    pub(crate) fn is_waiting(&self, instance: InstanceId) -> bool {
+        self.lock().unknown.as_ref().is_some_and(|unknown| unknown.contains_key(&instance))
+    }
+
+    /// From now on every instance that exists is known: ends of others mean nothing. Those that were noted until now.
+    pub(crate) fn all_known(&self) -> HashMap<InstanceId, ExitRecord> {
+        self.lock().unknown.take().unwrap_or_default()
     }
 
     /// The keeper is gone, and every instance with it.
     pub(crate) fn all_lost(&self) {
-        let records = std::mem::take(&mut *self.lock());
+        let records = std::mem::take(&mut self.lock().records);
         for record in records.into_values() {
             if let Some(sockets) = record.sockets {
                 sockets.close();
@@ -123,8 +160,8 @@ impl Instances {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<InstanceId, Record>> {
-        self.records.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -166,16 +203,12 @@ mod tests {
     async fn a_good_end_of_a_call_does_not_wait_for_its_log() {
         let instances = Instances::default();
         let instance = InstanceId::from_bytes([1; 16]);
-        let mut begun = instances.begin(instance, StandardStreams::Call, StopSignal::TERM, None);
-        let mut ending = std::pin::pin!(instances.exited(instance, DONE));
-        tokio::select! {
-            biased;
-            () = &mut ending => panic!("the captures are not here"),
-            exit = begun.exit.wait_for(Option::is_some) => assert_eq!(exit.unwrap().as_ref().unwrap().cpu_us, Some(5)),
-        }
+        let begun = instances.begin(instance, StandardStreams::Call, StopSignal::TERM, None);
+        let ending = instances.exited(instance, DONE).unwrap();
+        assert_eq!(begun.exit.borrow().as_ref().unwrap().cpu_us, Some(5));
         assert!(instances.ending(instance).is_some());
         drop(begun.captures);
-        ending.await;
+        instances.finish(instance, ending).await;
         assert!(instances.ending(instance).is_none());
     }
 

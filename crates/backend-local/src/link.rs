@@ -19,6 +19,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 
+use crate::descriptors;
+
 /// Why a request to the keeper has no good answer.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
@@ -100,7 +102,10 @@ enum End {
 impl Link {
     /// Takes the socket over and reads it on the current runtime. `events` is called by the reading task: it must not block.
     pub(crate) fn open(socket: OwnedFd, events: impl Fn(Event) + Send + Sync + 'static) -> Result<Self, LinkError> {
-        let socket = nonblocking(socket).and_then(AsyncFd::new).map_err(LinkError::Socket)?;
+        let socket = rustix::io::ioctl_fionbio(&socket, true)
+            .map_err(io::Error::from)
+            .and_then(|()| descriptors::watch(socket, Interest::READABLE | Interest::WRITABLE))
+            .map_err(LinkError::Socket)?;
         let shared = Arc::new(Shared { socket, waiting: Mutex::new(Some(HashMap::new())) });
         let (gone_sender, gone) = watch::channel(false);
         let reading = Arc::clone(&shared);
@@ -176,7 +181,9 @@ impl Link {
                 unsent.number = None;
                 Ok(())
             }
-            Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Err(LinkError::Gone),
+            Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => {
+                Err(LinkError::Gone)
+            }
             Err(error) => Err(LinkError::Socket(error)),
         }
     }
@@ -264,11 +271,6 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<R
         Err(ReceiveError::Kernel(Errno::CONNRESET)) => Ok(Ok(None)),
         result => Ok(result),
     }
-}
-
-fn nonblocking(socket: OwnedFd) -> io::Result<OwnedFd> {
-    rustix::io::ioctl_fionbio(&socket, true)?;
-    Ok(socket)
 }
 
 fn would_block(error: &io::Error) -> bool {

@@ -78,7 +78,8 @@ impl Logs {
     ) -> io::Result<Capture> {
         let pipe = pipe::Receiver::from_owned_fd(pipe)?;
         let tail = Arc::new(Mutex::new(VecDeque::new()));
-        let pump = Pump { slug: slug.clone(), instance, stream, commands: self.commands.clone(), tail: Arc::clone(&tail), copy };
+        let pump =
+            Pump { slug: slug.clone(), instance, stream, commands: self.commands.clone(), tail: Arc::clone(&tail), copy };
         Ok(Capture { task: tokio::spawn(pump.run(pipe)), tail })
     }
 

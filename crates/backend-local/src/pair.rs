@@ -8,7 +8,7 @@ use funtainer_sandbox::protocol::InitMessage;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use crate::link;
+use crate::{descriptors, link};
 
 /// Our end. It belongs to the runtime on which it was made.
 pub(crate) struct InitPair {
@@ -20,7 +20,7 @@ impl InitPair {
     pub(crate) fn new() -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) = fds::pair()?;
         rustix::io::ioctl_fionbio(&ours, true)?;
-        Ok((Self { socket: AsyncFd::with_interest(ours, Interest::READABLE)? }, theirs))
+        Ok((Self { socket: descriptors::watch(ours, Interest::READABLE)? }, theirs))
     }
 
     /// The next message with its descriptors; `None` once the other side is gone. What is no message is an error.

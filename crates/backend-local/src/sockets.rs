@@ -92,7 +92,11 @@ impl Sockets {
         let mut state = self.lock();
         state.target = Some(target);
         // Those of the other family are only needed for a dialect that connects elsewhere.
-        if target.is_ipv4() { state.v6.clear() } else { state.v4.clear() }
+        if target.is_ipv4() {
+            state.v6.clear()
+        } else {
+            state.v4.clear()
+        }
         if first.is_some() {
             state.first = first;
             let sockets = Arc::downgrade(self);
@@ -182,7 +186,8 @@ impl Sockets {
             let Some(sockets) = sockets.upgrade() else { return };
             let Ok(_turn) = sockets.refill.try_lock() else { return };
             if sockets.lock().family(&address).len() < LOW
-                && let Err(error) = tokio::time::timeout(REFILL_TIME_MAX, sockets.ask()).await.map_err(io::Error::other).flatten()
+                && let Err(error) =
+                    tokio::time::timeout(REFILL_TIME_MAX, sockets.ask()).await.map_err(io::Error::other).flatten()
             {
                 // Who needs one asks again and gets the error.
                 tracing::debug!(instance = %sockets.instance, %error, "no more sockets");
@@ -240,7 +245,8 @@ mod tests {
     use super::*;
 
     fn unconnected() -> OwnedFd {
-        rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None).unwrap()
+        rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
+            .unwrap()
     }
 
     #[test]

@@ -304,7 +304,9 @@ fn init_failure(program: &str, step: InitStep, error: &io::Error) -> Failure {
             ErrorCode::CommandNotFound,
             format!("'{program}' is not in the image, or the interpreter that it names is not: {error}"),
         ),
-        (InitStep::Exec, _) => Failure::new(ErrorCode::CommandNotExecutable, format!("'{program}' cannot be executed: {error}")),
+        (InitStep::Exec, _) => {
+            Failure::new(ErrorCode::CommandNotExecutable, format!("'{program}' cannot be executed: {error}"))
+        }
         (InitStep::WorkingDirectory, _) => {
             Failure::new(ErrorCode::ImageInvalid, format!("the working directory of the image cannot be entered: {error}"))
                 .with_hint("check WORKDIR of the image")

@@ -8,6 +8,8 @@ use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::descriptors;
+
 /// A timer of the runtime on which it was made.
 pub(crate) struct Timer {
     fd: AsyncFd<OwnedFd>,
@@ -17,7 +19,7 @@ impl Timer {
     /// A timer that does not run.
     pub(crate) fn new() -> io::Result<Self> {
         let fd = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
-        Ok(Self { fd: AsyncFd::with_interest(fd, Interest::READABLE)? })
+        Ok(Self { fd: descriptors::watch(fd, Interest::READABLE)? })
     }
 
     /// Waits that long. Dropped before its end it can be called again.

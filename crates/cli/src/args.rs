@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use funtainer_model::{ByteSize, EnvVar, QuantityError, parse_duration};
 
 /// Where a server is by default: its admin socket.
-pub const ADMIN_DEFAULT: &str = "/run/funtainer/admin.sock";
+pub(crate) const ADMIN_DEFAULT: &str = "/run/funtainer/admin.sock";
 /// Where calls come in by default.
 const LISTEN_DEFAULT: &str = "127.0.0.1:8080";
 /// Where state, images and logs are by default.
@@ -21,43 +21,53 @@ const DATA_DEFAULT: &str = "/var/lib/funtainer";
 #[command(about = "Runs container images as functions: give an image, get a URL")]
 #[command(after_help = "\
 Examples:
-  sudo funtainer serve                                  start the server
-  funtainer deploy hello --image registry.example/hello make a function of an image, and get its URL
-  curl http://127.0.0.1:8080/function/hello             call it; the first call starts it
-  funtainer logs hello                                  see what it wrote
-  echo hi | funtainer run docker.io/library/busybox -- cat    run a command-line image once
+  sudo funtainer serve                                     start the server
+  funtainer deploy hello --image registry.example/hello    make a function of an image, get its URL
+  curl http://127.0.0.1:8080/function/hello                call it; the first call starts it
+  funtainer logs hello                                     see what it wrote
+  echo hi | funtainer run docker.io/library/busybox -- cat
+                                                           run a command-line image once
 
 Exit codes: 0 done, 1 failed, 2 wrong usage; `run` ends with the image's own code.")]
-pub struct Cli {
+pub(crate) struct Cli {
     /// Server to talk to: its admin socket, as unix://PATH
-    #[arg(long, global = true, env = "FUNTAINER_HOST", value_name = "unix://PATH", default_value_t = Host::default(), help_heading = "Global options")]
-    pub host: Host,
+    #[arg(long, global = true, env = "FUNTAINER_HOST", hide_env_values = true, value_name = "unix://PATH", default_value_t = Host::default(), help_heading = "Global options")]
+    pub(crate) host: Host,
 
     /// Form of results and errors
     #[arg(long, global = true, value_enum, value_name = "FORM", default_value_t = Output::Text, help_heading = "Global options")]
-    pub output: Output,
+    pub(crate) output: Output,
 
     /// What to do.
     #[command(subcommand)]
-    pub command: Command,
+    pub(crate) command: Command,
 }
 
 /// The commands.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     Serve(Serve),
     Deploy(Box<Deploy>),
     Invoke(Invoke),
     Run(Run),
+    /// List the functions, with their ready instances
+    #[command(after_help = "Example:\n  funtainer list --output json")]
     List,
+    /// Show all of a function as JSON: revision, image, digest, settings, instances, last error
+    #[command(after_help = "Example:\n  funtainer describe hello")]
     Describe(Named),
     Logs(Logs),
     Scale(Scale),
+    /// Remove a function; calls in flight may finish
+    #[command(after_help = "Example:\n  funtainer remove hello")]
     Remove(Named),
     Pull(Pull),
+    /// List the images in the store
+    #[command(after_help = "Example:\n  funtainer images --output json")]
     Images,
     #[command(subcommand)]
     Image(Image),
+    /// Show the versions of this program and of the server
     Version,
     #[command(hide = true)]
     Daemon(Daemon),
@@ -78,16 +88,16 @@ Examples:
   sudo funtainer serve --listen 127.0.0.1:0 --admin /tmp/f.sock --data /tmp/f    a second server beside the first
 
 FUNTAINER_LOG sets what is logged (error, warn, info, debug, or filters such as funtainer_engine=debug); default info.")]
-pub struct Serve {
+pub(crate) struct Serve {
     /// Address for calls; port 0 picks a free one
     #[arg(long, value_name = "ADDR", default_value = LISTEN_DEFAULT)]
-    pub listen: SocketAddr,
+    pub(crate) listen: SocketAddr,
     /// Path of the admin socket; a stale one is replaced
     #[arg(long, value_name = "SOCKET", default_value = ADMIN_DEFAULT)]
-    pub admin: PathBuf,
+    pub(crate) admin: PathBuf,
     /// Directory of state, images and logs; made if missing
     #[arg(long, value_name = "DIR", default_value = DATA_DEFAULT)]
-    pub data: PathBuf,
+    pub(crate) data: PathBuf,
 }
 
 /// Make a function of an image, or replace it
@@ -100,48 +110,49 @@ pub struct Serve {
 Examples:
   funtainer deploy hello --image registry.example/hello:1.2
   funtainer deploy site --image localhost:5000/site --port 3000 --env MODE=fast --min 1
-  funtainer deploy upper --image docker.io/library/busybox --contract stdio --arg tr --arg a-z --arg A-Z
+  funtainer deploy upper --image docker.io/library/busybox --contract stdio \\
+      --arg tr --arg a-z --arg A-Z
 
 Sizes are numbers with K, M or G; durations with ms, s, m or h.")]
-pub struct Deploy {
+pub(crate) struct Deploy {
     /// Name of the function
-    pub name: String,
+    pub(crate) name: String,
     /// Image to run: [registry/]repository[:tag][@sha256:..]
     #[arg(long, value_name = "REF")]
-    pub image: String,
+    pub(crate) image: String,
     /// Port of the server in the image [default: the single EXPOSE, else 8080]
     #[arg(long, value_name = "N")]
-    pub port: Option<NonZeroU16>,
+    pub(crate) port: Option<NonZeroU16>,
     /// How the image is spoken to
     #[arg(long, value_enum, default_value_t = ContractArg::Http)]
-    pub contract: ContractArg,
+    pub(crate) contract: ContractArg,
     /// Environment variable on top of the image's; can be repeated
     #[arg(long, value_name = "K=V")]
-    pub env: Vec<EnvVar>,
+    pub(crate) env: Vec<EnvVar>,
     /// Argument of the command, instead of the image's CMD; can be repeated
     #[arg(long = "arg", value_name = "A", allow_hyphen_values = true)]
-    pub args: Vec<String>,
+    pub(crate) args: Vec<String>,
     /// Memory of an instance, writable files included [default: 512M]
     #[arg(long, value_name = "M")]
-    pub memory: Option<ByteSize>,
+    pub(crate) memory: Option<ByteSize>,
     /// Calls at once in one instance [default: 80; stdio: 1]
     #[arg(long, value_name = "N")]
-    pub concurrency: Option<NonZeroU32>,
+    pub(crate) concurrency: Option<NonZeroU32>,
     /// Instances that are kept without calls [default: 0]
     #[arg(long, value_name = "N")]
-    pub min: Option<u32>,
+    pub(crate) min: Option<u32>,
     /// Instances at most [default: 20]
     #[arg(long, value_name = "N")]
-    pub max: Option<u32>,
+    pub(crate) max: Option<u32>,
     /// How long an instance stays without a call [default: 10m]
     #[arg(long, value_name = "D", value_parser = duration)]
-    pub idle_timeout: Option<String>,
+    pub(crate) idle_timeout: Option<String>,
     /// How long a call may take [default: 300s]
     #[arg(long, value_name = "D", value_parser = duration)]
-    pub timeout: Option<String>,
+    pub(crate) timeout: Option<String>,
     /// Say nothing of the progress
     #[arg(long, short)]
-    pub quiet: bool,
+    pub(crate) quiet: bool,
 }
 
 /// Call a function through the admin socket
@@ -156,24 +167,24 @@ Examples:
   funtainer invoke upper -d 'make me tall'
   funtainer invoke resize -d @photo.jpg > small.jpg
   cat big.csv | funtainer invoke count")]
-pub struct Invoke {
+pub(crate) struct Invoke {
     /// Name of the function
-    pub name: String,
+    pub(crate) name: String,
     /// Body: text, @FILE for a file's content, or @- for standard input
     #[arg(long, short, value_name = "DATA|@FILE", allow_hyphen_values = true)]
-    pub data: Option<String>,
+    pub(crate) data: Option<String>,
     /// Path and query behind the function's name
     #[arg(long, value_name = "PATH", default_value = "/")]
-    pub path: String,
+    pub(crate) path: String,
     /// Method [default: POST with a body, else GET]
     #[arg(long, short = 'X', value_name = "METHOD")]
-    pub method: Option<String>,
+    pub(crate) method: Option<String>,
     /// Header as 'Name: value'; can be repeated
     #[arg(long, short = 'H', value_name = "HEADER")]
-    pub header: Vec<String>,
+    pub(crate) header: Vec<String>,
     /// Show status and headers of the answer before its body
     #[arg(long, short)]
-    pub include: bool,
+    pub(crate) include: bool,
 }
 
 /// Run a command-line image once
@@ -188,21 +199,21 @@ Examples:
 
 Exit codes: the image's own; 128 + N when it was killed by signal N; 125 when the platform failed;
 126 when the command cannot be executed; 127 when it is not in the image.")]
-pub struct Run {
+pub(crate) struct Run {
     /// Image to run
-    pub image: String,
+    pub(crate) image: String,
     /// Arguments of the command, instead of the image's CMD
     #[arg(last = true, value_name = "ARGS")]
-    pub args: Vec<String>,
+    pub(crate) args: Vec<String>,
     /// Environment variable on top of the image's; can be repeated
     #[arg(long, value_name = "K=V")]
-    pub env: Vec<EnvVar>,
+    pub(crate) env: Vec<EnvVar>,
     /// Memory of the container, writable files included [default: 512M]
     #[arg(long, value_name = "M")]
-    pub memory: Option<ByteSize>,
+    pub(crate) memory: Option<ByteSize>,
     /// Say nothing of the progress
     #[arg(long, short)]
-    pub quiet: bool,
+    pub(crate) quiet: bool,
 }
 
 /// Show what a function wrote to standard output and standard error
@@ -211,15 +222,15 @@ pub struct Run {
 Examples:
   funtainer logs hello --tail 20
   funtainer logs -f hello")]
-pub struct Logs {
+pub(crate) struct Logs {
     /// Name of the function
-    pub name: String,
+    pub(crate) name: String,
     /// Go on with what comes
     #[arg(long, short)]
-    pub follow: bool,
+    pub(crate) follow: bool,
     /// Lines from the end [default: 1000]
     #[arg(long, value_name = "N")]
-    pub tail: Option<usize>,
+    pub(crate) tail: Option<usize>,
 }
 
 /// Start or end instances now
@@ -231,19 +242,19 @@ pub struct Logs {
 Examples:
   funtainer scale hello 3
   funtainer scale hello 0    the next call is a cold one")]
-pub struct Scale {
+pub(crate) struct Scale {
     /// Name of the function
-    pub name: String,
+    pub(crate) name: String,
     /// Number of instances
     #[arg(value_name = "N")]
-    pub instances: u32,
+    pub(crate) instances: u32,
 }
 
 /// A command about one function.
 #[derive(Debug, Args)]
-pub struct Named {
+pub(crate) struct Named {
     /// Name of the function
-    pub name: String,
+    pub(crate) name: String,
 }
 
 /// Fetch an image from its registry
@@ -254,18 +265,18 @@ pub struct Named {
 Examples:
   funtainer pull docker.io/library/nginx:1.27
   funtainer pull localhost:5000/hello          registries on loopback are spoken to in plain HTTP")]
-pub struct Pull {
+pub(crate) struct Pull {
     /// Image to fetch
     #[arg(value_name = "REF")]
-    pub image: String,
+    pub(crate) image: String,
     /// Say nothing of the progress
     #[arg(long, short)]
-    pub quiet: bool,
+    pub(crate) quiet: bool,
 }
 
 /// Take in images from files
 #[derive(Debug, Subcommand)]
-pub enum Image {
+pub(crate) enum Image {
     Import(Import),
 }
 
@@ -279,28 +290,28 @@ Examples:
   funtainer image import ./hello-oci --name hello:1
   funtainer image import hello.tar
   skopeo copy docker-daemon:hello:1 oci-archive:/dev/stdout:hello:1 | funtainer image import -")]
-pub struct Import {
+pub(crate) struct Import {
     /// Directory or archive; - for an archive on standard input
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Name of the image, instead of those in the archive
     #[arg(long, value_name = "REF")]
-    pub name: Option<String>,
+    pub(crate) name: Option<String>,
     /// Say nothing of the progress
     #[arg(long, short)]
-    pub quiet: bool,
+    pub(crate) quiet: bool,
 }
 
 /// The unprivileged side of the server; started by `serve`, not by hand
 #[derive(Debug, Args)]
-pub struct Daemon {
+pub(crate) struct Daemon {
     /// Number of TCP listeners handed over.
     #[arg(long)]
-    pub listeners: usize,
+    pub(crate) listeners: usize,
 }
 
 /// How an image is spoken to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ContractArg {
+pub(crate) enum ContractArg {
     /// The image is an HTTP server that listens on PORT
     Http,
     /// The image is a command: input on standard input, answer on standard output, a fresh container for each call
@@ -309,7 +320,7 @@ pub enum ContractArg {
 
 /// Form of results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Output {
+pub(crate) enum Output {
     /// For people
     Text,
     /// For programs; errors are RFC 9457 problems
@@ -318,16 +329,18 @@ pub enum Output {
 
 /// Where the server's admin socket is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Host(PathBuf);
+pub(crate) struct Host(PathBuf);
 
 /// A text that says no such place.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is no place of a server: write unix:// and the absolute path of its admin socket, such as unix://{ADMIN_DEFAULT}")]
-pub struct HostError(String);
+#[error(
+    "'{0}' is no place of a server: write unix:// and the absolute path of its admin socket, such as unix://{ADMIN_DEFAULT}"
+)]
+pub(crate) struct HostError(String);
 
 impl Host {
     /// Path of the socket.
-    pub fn socket(&self) -> &std::path::Path {
+    pub(crate) fn socket(&self) -> &std::path::Path {
         &self.0
     }
 }
@@ -441,7 +454,7 @@ mod tests {
 
     #[test]
     fn help_shows_what_there_is() {
-        let mut command = Cli::command();
+        let mut command = Cli::command().term_width(100);
         insta::assert_snapshot!("help", command.render_long_help().to_string());
         for name in ["serve", "deploy", "invoke", "run", "scale"] {
             let subcommand = command.find_subcommand_mut(name).unwrap();

@@ -1,5 +1,6 @@
 //! The client's side of the admin API: one connection to the Unix socket for each command.
 
+use std::fmt::Write as _;
 use std::io;
 
 use anyhow::Context as _;
@@ -51,7 +52,12 @@ pub(crate) async fn send(host: &Host, mut request: Request<Body>) -> anyhow::Res
 }
 
 /// A request without body, or with a JSON one, answered by JSON.
-pub(crate) async fn json<T: DeserializeOwned>(host: &Host, method: Method, path: &str, body: Option<&impl Serialize>) -> anyhow::Result<T> {
+pub(crate) async fn json<T: DeserializeOwned>(
+    host: &Host,
+    method: Method,
+    path: &str,
+    body: Option<&impl Serialize>,
+) -> anyhow::Result<T> {
     let answer = checked(send(host, request(method, path, body)?).await?).await?;
     let bytes = whole(answer).await?;
     serde_json::from_slice(&bytes).context("the server answered with JSON of another version")
@@ -85,7 +91,10 @@ pub(crate) async fn events<T: DeserializeOwned>(host: &Host, mut request: Reques
                 }
             }
         }
-        anyhow::ensure!(buffer.len() <= EVENT_BYTES_MAX, "the server answered with a line of more than {EVENT_BYTES_MAX} bytes");
+        anyhow::ensure!(
+            buffer.len() <= EVENT_BYTES_MAX,
+            "the server answered with a line of more than {EVENT_BYTES_MAX} bytes"
+        );
     }
     anyhow::bail!("the server broke the connection off before it was done")
 }
@@ -124,7 +133,7 @@ pub(crate) fn segment(text: &str) -> String {
         if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~') {
             encoded.push(char::from(byte));
         } else {
-            encoded.push_str(&format!("%{byte:02X}"));
+            let _ = write!(encoded, "%{byte:02X}");
         }
         encoded
     })

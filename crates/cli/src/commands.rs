@@ -14,7 +14,7 @@ use http_body_util::BodyExt;
 
 use crate::args::{Command, ContractArg, Deploy, Host, Logs, Output};
 use crate::progress::{Show, size};
-use crate::{client, output};
+use crate::{client, streams};
 
 pub(crate) use run::exit_of;
 
@@ -28,21 +28,21 @@ pub(crate) async fn run(host: &Host, form: Output, command: Command) -> anyhow::
         Command::Invoke(invoke) => return invoke::invoke(host, form, invoke).await,
         Command::Run(run) => return run::run(host, run).await,
         Command::List => list(host, form).await?,
-        Command::Describe(named) => output::json(&function(host, &named.name).await?)?,
+        Command::Describe(named) => streams::json(&function(host, &named.name).await?)?,
         Command::Logs(logs) => self::logs(host, logs).await?,
         Command::Scale(scale) => {
             let path = format!("/functions/{}/scale", client::segment(&scale.name));
             let request = ScaleRequest { instances: scale.instances };
             let function: Function = client::json(host, Method::POST, &path, Some(&request)).await?;
             match form {
-                Output::Json => output::json(&function)?,
-                Output::Text => output::line(&format!("{} has {} instances", function.name, ready(&function)))?,
+                Output::Json => streams::json(&function)?,
+                Output::Text => streams::line(&format!("{} has {} instances", function.name, ready(&function)))?,
             }
         }
         Command::Remove(named) => {
             client::done(host, Method::DELETE, &format!("/functions/{}", client::segment(&named.name))).await?;
             if form == Output::Text {
-                output::line(&format!("{} is removed", named.name))?;
+                streams::line(&format!("{} is removed", named.name))?;
             }
         }
         Command::Pull(pull) => image::pull(host, form, pull).await?,
@@ -80,12 +80,12 @@ async fn deploy(host: &Host, form: Output, deploy: Deploy) -> anyhow::Result<()>
     let request = client::request(Method::POST, "/functions", Some(&request))?;
     let function: Function = client::events(host, request, &mut show).await?;
     if form == Output::Json {
-        return output::json(&function);
+        return streams::json(&function);
     }
     let version: Version = client::json(host, Method::GET, "/version", NO_BODY).await?;
     match version.url {
-        Some(url) => output::line(&format!("{url}/function/{}", function.slug)),
-        None => output::line(&format!("/function/{}", function.slug)),
+        Some(url) => streams::line(&format!("{url}/function/{}", function.slug)),
+        None => streams::line(&format!("/function/{}", function.slug)),
     }
 }
 
@@ -96,7 +96,7 @@ async fn function(host: &Host, name: &str) -> anyhow::Result<Function> {
 async fn list(host: &Host, form: Output) -> anyhow::Result<()> {
     let functions: Vec<Function> = client::json(host, Method::GET, "/functions", NO_BODY).await?;
     if form == Output::Json {
-        return output::json(&functions);
+        return streams::json(&functions);
     }
     let rows: Vec<_> = functions
         .iter()
@@ -106,13 +106,13 @@ async fn list(host: &Host, form: Output) -> anyhow::Result<()> {
             [function.name.clone(), contract, ready(function).to_string(), function.image.to_string(), error]
         })
         .collect();
-    output::table(["NAME", "CONTRACT", "INSTANCES", "IMAGE", "LAST ERROR"], &rows)
+    streams::table(["NAME", "CONTRACT", "INSTANCES", "IMAGE", "LAST ERROR"], &rows)
 }
 
 async fn images(host: &Host, form: Output) -> anyhow::Result<()> {
     let images: Vec<Image> = client::json(host, Method::GET, "/images", NO_BODY).await?;
     if form == Output::Json {
-        return output::json(&images);
+        return streams::json(&images);
     }
     let rows: Vec<_> = images
         .iter()
@@ -121,18 +121,19 @@ async fn images(host: &Host, form: Output) -> anyhow::Result<()> {
             [image.image.to_string(), image.digest.short(), size(image.size), origin.to_owned()]
         })
         .collect();
-    output::table(["IMAGE", "DIGEST", "SIZE", "ORIGIN"], &rows)
+    streams::table(["IMAGE", "DIGEST", "SIZE", "ORIGIN"], &rows)
 }
 
 async fn logs(host: &Host, logs: Logs) -> anyhow::Result<()> {
     let query = LogsQuery { tail: logs.tail, follow: logs.follow };
     let tail = query.tail.map_or_else(String::new, |tail| format!("&tail={tail}"));
     let path = format!("/functions/{}/logs?follow={}{tail}", client::segment(&logs.name), query.follow);
-    let mut answer = client::checked(client::send(host, client::request(Method::GET, &path, NO_BODY)?).await?).await?.into_body();
-    let mut stdout = tokio::io::stdout();
+    let mut answer =
+        client::checked(client::send(host, client::request(Method::GET, &path, NO_BODY)?).await?).await?.into_body();
+    let mut stdout = streams::stdout()?;
     while let Some(frame) = answer.frame().await {
         if let Ok(bytes) = frame?.into_data() {
-            output::bytes(&mut stdout, &bytes).await?;
+            streams::bytes(&mut stdout, &bytes).await?;
         }
     }
     Ok(())
@@ -141,12 +142,12 @@ async fn logs(host: &Host, logs: Logs) -> anyhow::Result<()> {
 async fn version(host: &Host, form: Output) -> anyhow::Result<()> {
     let client = env!("CARGO_PKG_VERSION");
     if form == Output::Text {
-        output::line(&format!("client {client}"))?;
+        streams::line(&format!("client {client}"))?;
     }
     let server: Version = client::json(host, Method::GET, "/version", NO_BODY).await?;
     match form {
-        Output::Json => output::json(&serde_json::json!({"client": client, "server": server})),
-        Output::Text => output::line(&format!("server {} (API {}, pid {})", server.version, server.api, server.pid)),
+        Output::Json => streams::json(&serde_json::json!({"client": client, "server": server})),
+        Output::Text => streams::line(&format!("server {} (API {}, pid {})", server.version, server.api, server.pid)),
     }
 }
 

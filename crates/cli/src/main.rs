@@ -5,9 +5,9 @@ mod client;
 mod commands;
 mod daemon;
 mod failure;
-mod output;
 mod progress;
 mod serve;
+mod streams;
 
 use std::process::ExitCode;
 

@@ -217,9 +217,8 @@ fn status(code: ErrorCode, occasion: Occasion) -> StatusCode {
         E::QueueFull => StatusCode::TOO_MANY_REQUESTS,
         E::QueueTimeout | E::ShuttingDown | E::SandboxFailed | E::TooManyConnections => StatusCode::SERVICE_UNAVAILABLE,
         E::CallTimeout => StatusCode::GATEWAY_TIMEOUT,
-        E::CommandFailed => StatusCode::INTERNAL_SERVER_ERROR,
+        E::CommandFailed | E::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         E::StartTimeout if occasion == Occasion::Call => StatusCode::GATEWAY_TIMEOUT,
-        E::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         E::ImageInvalid
         | E::ImagePlatform
         | E::ImageUnsupported

@@ -84,7 +84,10 @@ impl ImageStore {
         progress(Progress::Resolved { digest: found.digest });
         let layers = found.layers();
         // All may wait for a slot: how many are fetched at once is a matter of the whole store.
-        let fetches = layers.iter().map(|(layer, at)| self.ensure_layer(image, *layer, &found.manifest.layers[*at], progress));
+        let mut fetches = Vec::with_capacity(layers.len());
+        for (layer, at) in &layers {
+            fetches.push(self.ensure_layer(image, *layer, &found.manifest.layers[*at], progress));
+        }
         stream::iter(fetches).buffer_unordered(layers.len()).try_collect::<Vec<()>>().await?;
         let complete = self.complete(image, &found).await?;
         let imported = self.stored_name(image, policy).is_some_and(|name| name.imported);

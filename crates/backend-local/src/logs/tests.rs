@@ -56,8 +56,10 @@ async fn lines_have_time_instance_and_stream() {
     assert!(write(&logs, Stream::Stdout, &[b"out\n"]).await.is_empty());
     let lines = read(&logs, 10).await;
     let prefix = instance().to_string();
-    let expect: Vec<String> =
-        ["stderr one", "stderr two", "stderr ", "stderr unfinished", "stdout out"].iter().map(|text| format!("{prefix} {text}")).collect();
+    let expect: Vec<String> = ["stderr one", "stderr two", "stderr ", "stderr unfinished", "stdout out"]
+        .iter()
+        .map(|text| format!("{prefix} {text}"))
+        .collect();
     assert_eq!(texts(&lines), expect);
     for line in &lines {
         let time = line.split_once(' ').unwrap().0;
@@ -91,7 +93,8 @@ async fn two_files_are_all_that_a_function_keeps() {
             text.extend_from_slice(&line);
             text.push(b'\n');
         }
-        let entry = Entry { slug: slug(), instance: instance(), stream: Stream::Stdout, time: SystemTime::now(), text: text.into() };
+        let entry =
+            Entry { slug: slug(), instance: instance(), stream: Stream::Stdout, time: SystemTime::now(), text: text.into() };
         assert!(logs.commands.send(Command::Write(entry)).await.is_ok(), "{number}");
     }
     let wanted = 12_000;

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use crate::args::{Host, Import, Output, Pull};
 use crate::client::Body;
 use crate::progress::Show;
-use crate::{client, output};
+use crate::{client, streams};
 
 /// Bytes read and sent at once.
 const CHUNK_BYTES: usize = 256 * 1024;
@@ -27,8 +27,8 @@ pub(super) async fn pull(host: &Host, form: Output, pull: Pull) -> anyhow::Resul
     let request = client::request(Method::POST, "/images/pull", Some(&PullRequest { image: pull.image }))?;
     let pulled: Pulled = client::events(host, request, &mut show).await?;
     match form {
-        Output::Json => output::json(&pulled),
-        Output::Text => output::line(&format!("{} {}", pulled.image, pulled.digest)),
+        Output::Json => streams::json(&pulled),
+        Output::Text => streams::line(&format!("{} {}", pulled.image, pulled.digest)),
     }
 }
 
@@ -39,10 +39,10 @@ pub(super) async fn import(host: &Host, form: Output, import: Import) -> anyhow:
     let mut show = Show::new(import.quiet);
     let Imported { images } = client::events(host, request, &mut show).await?;
     if form == Output::Json {
-        return output::json(&images);
+        return streams::json(&images);
     }
     for Image { image, digest, .. } in images {
-        output::line(&format!("{image} {digest}"))?;
+        streams::line(&format!("{image} {digest}"))?;
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! `invoke`: a call through the admin socket.
 
+use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 
@@ -15,7 +16,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::args::{Host, Invoke, Output};
 use crate::client::{self, Body};
-use crate::output;
+use crate::streams;
 
 /// Bytes of a body read and sent at once.
 const CHUNK_BYTES: usize = 64 * 1024;
@@ -43,7 +44,7 @@ pub(super) async fn invoke(host: &Host, form: Output, invoke: Invoke) -> anyhow:
         anyhow::bail!("the server reported a failure in an unknown form");
     }
     if invoke.include {
-        output::line(&head(&answer))?;
+        streams::line(&head(&answer))?;
     }
     let status = answer.status();
     write_body(answer.into_body()).await?;
@@ -56,11 +57,11 @@ pub(super) async fn invoke(host: &Host, form: Output, invoke: Invoke) -> anyhow:
 }
 
 async fn write_body(mut body: Incoming) -> anyhow::Result<()> {
-    let mut stdout = tokio::io::stdout();
+    let mut stdout = streams::stdout()?;
     while let Some(frame) = body.frame().await {
         let frame = frame.context("the function broke off within its answer (see `funtainer logs`)")?;
         if let Ok(bytes) = frame.into_data() {
-            output::bytes(&mut stdout, &bytes).await?;
+            streams::bytes(&mut stdout, &bytes).await?;
         }
     }
     Ok(())
@@ -69,7 +70,7 @@ async fn write_body(mut body: Incoming) -> anyhow::Result<()> {
 /// What is sent; `None` where nothing is.
 async fn body(data: Option<&str>) -> anyhow::Result<Option<Body>> {
     match data {
-        Some("-" | "@-") => Ok(Some(stream(tokio::io::stdin()))),
+        Some("-" | "@-") => Ok(Some(stream(streams::stdin()?))),
         Some(data) => match data.strip_prefix('@') {
             Some(path) => {
                 let file = tokio::fs::File::open(path).await.with_context(|| format!("{path} cannot be read"))?;
@@ -77,7 +78,7 @@ async fn body(data: Option<&str>) -> anyhow::Result<Option<Body>> {
             }
             None => Ok(Some(client::full(data.to_owned()))),
         },
-        None if stdin_has_data() => Ok(Some(stream(tokio::io::stdin()))),
+        None if stdin_has_data() => Ok(Some(stream(streams::stdin()?))),
         None => Ok(None),
     }
 }
@@ -115,7 +116,7 @@ fn headers(lines: &[String]) -> anyhow::Result<HeaderMap> {
 fn head(answer: &Response<Incoming>) -> String {
     let mut text = format!("{:?} {}\n", answer.version(), answer.status());
     for (name, value) in answer.headers() {
-        text.push_str(&format!("{name}: {}\n", String::from_utf8_lossy(value.as_bytes())));
+        let _ = writeln!(text, "{name}: {}", String::from_utf8_lossy(value.as_bytes()));
     }
     text
 }

@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use crate::args::{Host, Run};
 use crate::failure::Failed;
 use crate::progress::Show;
-use crate::{client, output};
+use crate::{client, streams};
 
 /// The platform failed.
 const EXIT_PLATFORM: u8 = 125;
@@ -54,7 +54,7 @@ pub(super) async fn run(host: &Host, run: Run) -> anyhow::Result<ExitCode> {
 }
 
 async fn send_input(writer: &mut (impl AsyncWrite + Unpin)) -> std::io::Result<()> {
-    let mut stdin = tokio::io::stdin();
+    let mut stdin = streams::stdin()?;
     let mut buffer = BytesMut::new();
     loop {
         buffer.reserve(FRAME_BYTES_MAX);
@@ -69,16 +69,16 @@ async fn send_input(writer: &mut (impl AsyncWrite + Unpin)) -> std::io::Result<(
 }
 
 async fn receive(mut frames: FrameReader<impl tokio::io::AsyncRead + Unpin>, mut show: Show) -> anyhow::Result<RunEnd> {
-    let (mut stdout, mut stderr) = (tokio::io::stdout(), tokio::io::stderr());
+    let (mut stdout, mut stderr) = (streams::stdout()?, streams::stderr()?);
     loop {
         match frames.next().await.context("the connection to the server is broken")? {
             Some(Frame::Stdout(bytes)) => {
                 show.end();
-                output::bytes(&mut stdout, &bytes).await?;
+                streams::bytes(&mut stdout, &bytes).await?;
             }
             Some(Frame::Stderr(bytes)) => {
                 show.end();
-                output::bytes(&mut stderr, &bytes).await?;
+                streams::bytes(&mut stderr, &bytes).await?;
             }
             Some(Frame::Progress(step)) => show.step(&step),
             Some(Frame::End(end)) => return Ok(end),
@@ -95,7 +95,11 @@ fn ended(end: RunEnd) -> anyhow::Result<ExitCode> {
         RunEnd::Code(code) => code.into(),
         RunEnd::Signal(signal) => EXIT_SIGNAL.saturating_add(signal).into(),
         RunEnd::OutOfMemory => {
-            eprintln!("error[{}]: the command used more memory than it may\nhint: {}", ErrorCode::OutOfMemory, ErrorCode::OutOfMemory.hint());
+            eprintln!(
+                "error[{}]: the command used more memory than it may\nhint: {}",
+                ErrorCode::OutOfMemory,
+                ErrorCode::OutOfMemory.hint()
+            );
             (EXIT_SIGNAL + KILL).into()
         }
     })

@@ -309,13 +309,13 @@ where
                 }
                 Ok(_) => Frame::Stdout(buffer.split().freeze()),
             },
-            bytes = handle.stderr.recv(), if stderr_open => match bytes {
-                Some(bytes) => Frame::Stderr(bytes),
-                None => {
+            bytes = handle.stderr.recv(), if stderr_open => {
+                let Some(bytes) = bytes else {
                     stderr_open = false;
                     continue;
-                }
-            },
+                };
+                Frame::Stderr(bytes)
+            }
             exit = reaped(&mut handle.exit), if report.is_none() => {
                 report = Some(exit);
                 rest.as_mut().reset(tokio::time::Instant::now() + STDERR_REST_TIME);

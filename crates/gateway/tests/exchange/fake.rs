@@ -19,7 +19,6 @@ use tokio::sync::{mpsc, watch};
 pub(crate) const DIGEST: Digest = Digest::from_sha256([0xab; 32]);
 
 /// Images are named by what they do: `echo` answers with the head it got, `silent` never answers, `missing` does not exist.
-#[derive(Default)]
 pub(crate) struct FakeBackend;
 
 impl Backend for FakeBackend {

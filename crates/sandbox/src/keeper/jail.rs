@@ -2,7 +2,8 @@
 //!
 //! Runs in the forked child, which is a process with one thread and may allocate. What the daemon sees: `/data` (the data directory), `/etc`
 //! and `/usr` read-only (names, certificates, time zones), the directory that `/etc/resolv.conf` points into, `/proc`, `/dev/null`,
-//! `/dev/urandom`. Its program is the keeper's own, by `/proc/self/exe`: no directory on the way to it need be open to it.
+//! `/dev/random` and `/dev/urandom` (without dynamic linking some libraries find no getrandom(3) and read these). Its program is the keeper's
+//! own, by `/proc/self/exe`: no directory on the way to it need be open to it.
 
 use std::ffi::{CStr, CString};
 use std::fs;
@@ -73,7 +74,7 @@ fn enter(birth: &Birth<'_>) -> Result<(), StepError> {
         mount::attach(tree.as_fd(), make_path(root.as_fd(), &target)?.as_fd())?;
     }
     let (host, dev) = (open_path(c"/dev")?, make_path(root.as_fd(), Path::new("dev"))?);
-    for name in [c"null", c"urandom"] {
+    for name in [c"null", c"random", c"urandom"] {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
         rustix::fs::openat(&dev, name, flags, Mode::from_raw_mode(0o666)).map_err(at("make a file for a device"))?;
         mount::bind_file(host.as_fd(), name, dev.as_fd(), name)?;

@@ -1,9 +1,12 @@
-//! Standard output. Whoever closed it has seen enough: that is no failure.
+//! The standard streams. Whoever closed standard output has seen enough: that is no failure.
 
+use std::fs;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 
 use serde::Serialize;
-use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::fs::File;
+use tokio::io::AsyncWriteExt;
 
 use crate::failure::OutputClosed;
 
@@ -23,11 +26,30 @@ pub(crate) fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) ->
     line(&table_text(heading, rows))
 }
 
+/// Standard input, output and error for a runtime; reads and writes are done by its blocking threads.
+pub(crate) fn stdin() -> io::Result<File> {
+    of(io::stdin())
+}
+
+/// See [`stdin`].
+pub(crate) fn stdout() -> io::Result<File> {
+    of(io::stdout())
+}
+
+/// See [`stdin`].
+pub(crate) fn stderr() -> io::Result<File> {
+    of(io::stderr())
+}
+
+fn of(stream: impl AsFd) -> io::Result<File> {
+    Ok(File::from_std(fs::File::from(stream.as_fd().try_clone_to_owned()?)))
+}
+
 /// Writes bytes at once.
-pub(crate) async fn bytes(stdout: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> anyhow::Result<()> {
+pub(crate) async fn bytes(stream: &mut File, bytes: &[u8]) -> anyhow::Result<()> {
     let written = async {
-        stdout.write_all(bytes).await?;
-        stdout.flush().await
+        stream.write_all(bytes).await?;
+        stream.flush().await
     };
     closed_is_known(written.await)
 }
