@@ -334,9 +334,8 @@ impl Keeper {
         }
         let stop_due = self.stopping.is_some_and(|since| since + STOP_MAX <= now);
         match &self.daemon {
-            Some(daemon) if stop_due || daemon.link.deadline().is_some_and(|at| at <= now) => {
-                self.kill_daemon("does not end or read")
-            }
+            Some(daemon) if daemon.link.deadline().is_some_and(|at| at <= now) => self.daemon_fault(Fault::Stalled),
+            Some(_) if stop_due => self.kill_daemon("does not end"),
             None if self.stopping.is_some() => return Ok(Some(Ended::Stopped)),
             _ => {}
         }

@@ -17,6 +17,8 @@ pub const ENTRIES_MAX: usize = 1 << 20;
 pub const METADATA_BYTES_MAX: u64 = 256 << 20;
 /// Largest layer in blocks of 4096 bytes, holes included: 1 TiB.
 pub const IMAGE_BLOCKS_MAX: u64 = 1 << 28;
+/// Mode of every symbolic link, symlink(7).
+const MODE_SYMLINK: u16 = 0o777;
 /// Writes are gathered up to this many bytes.
 const BUFFER_BYTES: usize = 256 << 10;
 
@@ -131,7 +133,12 @@ impl Writer<'_> {
             EntryKind::BlockDevice(number) => NodeKind::BlockDevice(device(*number).map_err(wrong)?),
             EntryKind::Fifo => NodeKind::Fifo,
         };
-        self.add(directory, name, Node { kind, attributes, xattrs }).map_err(wrong)
+        let mut node = Node { kind, attributes, xattrs };
+        if let NodeKind::Symlink(_) = node.kind {
+            // Linux has no permissions of symbolic links; archives say this or that.
+            node.attributes.mode = MODE_SYMLINK;
+        }
+        self.add(directory, name, node).map_err(wrong)
     }
 
     fn add(&mut self, directory: NodeId, name: &[u8], node: Node) -> Result<(), EntryReason> {

@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -93,8 +93,10 @@ impl Server {
     }
 
     /// Stops it in order; its exit code.
-    pub fn stop(&mut self) -> Option<i32> {
+    pub fn stop(&mut self, mut client: Client) -> Option<i32> {
         self.signal(15);
+        while !matches!(client.event(), Reply::Stop { .. }) {}
+        client.end_daemon(0);
         self.wait().code()
     }
 }
@@ -138,6 +140,11 @@ impl Client {
         let control = received.fds.take(0).unwrap();
         rustix::io::ioctl_fionbio(&control, true).unwrap();
         Self { control, stub, next: 0, events: VecDeque::new() }
+    }
+
+    /// The stub daemon exits with this code.
+    pub fn end_daemon(&mut self, code: u8) {
+        self.stub.write_all(&[code]).unwrap();
     }
 
     pub fn send_raw(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
@@ -312,6 +319,20 @@ pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// Whether it becomes true in time.
+pub fn within(mut is: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        if is() {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::yield_now();
+    }
+}
+
 pub fn instance(number: u128) -> InstanceId {
     InstanceId::from_bytes(number.to_be_bytes())
 }
@@ -368,6 +389,7 @@ pub fn busybox_image() -> &'static Path {
             fs::set_permissions(root.join("bin").join(name), fs::Permissions::from_mode(0o755)).unwrap();
         };
         script("orphan-script", "#!/no/such/interpreter\n");
+        script("connections", "#!/bin/sh\ncat /proc/net/tcp\n");
         script("garbage", "\u{1}\u{2}\u{3}");
         std::os::unix::fs::symlink("/proc/self/fd", root.join("etc/fds")).unwrap();
         let made = Command::new("mkfs.erofs").args(["-T0", "--all-root"]).arg(&image).arg(root).output();
@@ -383,4 +405,17 @@ pub fn ready() -> (Server, Client) {
     let mut client = server.client();
     assert_eq!(client.commit(&server.data, layer(1), busybox_image()), Reply::Done);
     (server, client)
+}
+
+/// The top control groups of a data directory, wherever they are mounted.
+pub fn cgroups(id: &str) -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let mounts = mounts.lines().filter(|line| line.split(' ').nth(2).is_some_and(|kind| kind.starts_with("cgroup")));
+    let tops = mounts.map(|line| Path::new(line.split(' ').nth(1).unwrap()).join(format!("funtainer-{id}")));
+    tops.filter(|path| path.exists()).collect()
+}
+
+/// How many directories lie in one.
+pub fn directories(path: &Path) -> usize {
+    fs::read_dir(path).unwrap().filter(|entry| entry.as_ref().unwrap().file_type().unwrap().is_dir()).count()
 }
