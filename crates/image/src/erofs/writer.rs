@@ -26,7 +26,7 @@ const BUFFER_BYTES: usize = 256 << 10;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct WriteOptions {
     /// Whether the layer lies at the bottom of its image, where there is nothing to delete: whiteouts and the marks of
-    /// opaque directories are left out, because overlayfs would show the whiteouts of a lowest layer as files.
+    /// opaque directories are left out, so that the layer is whole without an overlay too.
     pub base: bool,
 }
 
