@@ -1,4 +1,4 @@
-//! Reads the files that [`write`](super::write) makes, without mounting them. Every number is checked before it is used:
+//! Reads the files that [`write()`](super::write()) makes, without mounting them. Every number is checked before it is used:
 //! a damaged or hostile file yields errors, never a panic, an endless loop or a large allocation.
 
 use std::fs::File;
