@@ -143,7 +143,7 @@ fn requests_to_the_port() -> Result<()> {
         for case in [
             case("GET", "/function/nobody", "", 404, "function-unknown"),
             case("POST", "/function/nobody/deep", "body", 404, "function-unknown"),
-            case("GET", "/function/", "", 404, "function-unknown"),
+            case("GET", "/function/", "", 404, "unknown-path"),
             case("GET", "/", "", 404, "unknown-path"),
             case("GET", "/nowhere", "", 404, "unknown-path"),
             case("POST", "/healthz", "", 405, "method-not-allowed"),

@@ -75,7 +75,8 @@ fn unpacked_listing(layer: &Layer, home: &Path) -> Result<String> {
     fs::create_dir_all(&point)?;
     let mut command = Command::new("tar");
     command.args(["--extract", "--preserve-permissions", "--same-owner", "--numeric-owner", "--xattrs", "--xattrs-include=*"]);
-    command.arg("--directory").arg(&point).arg("--file").arg(layer.blob());
+    // Directories keep their times also where the archive comes back to them.
+    command.arg("--delay-directory-restore").arg("--directory").arg(&point).arg("--file").arg(layer.blob());
     process::succeed(&mut command, LIMIT)?;
     listing(&point)
 }

@@ -1,7 +1,7 @@
 //! Writes a layer's blob as an erofs file, and says how long that took: `write_layer BLOB OUT [RUNS]`.
 
-use std::fs::{self, File};
-use std::io::{BufReader, Read};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
 use std::time::Instant;
 
 use flate2::bufread::MultiGzDecoder;
@@ -16,16 +16,13 @@ fn main() {
         std::process::exit(2);
     };
     let runs = arguments.next().map_or(1, |runs| runs.parse().expect("RUNS is a number"));
-    let bytes = fs::read(&blob).expect("the blob can be read");
-    let compression = if bytes.starts_with(&[0x1f, 0x8b]) { Compression::Gzip } else { Compression::None };
-    let mut tar = Vec::new();
-    match compression {
-        Compression::Gzip => MultiGzDecoder::new(bytes.as_slice()).read_to_end(&mut tar).expect("the blob is gzip"),
-        Compression::None => BufReader::new(bytes.as_slice()).read_to_end(&mut tar).expect("memory can be read"),
-    };
-    let meta = LayerBlob { digest: sha256(&bytes), size: bytes.len() as u64, compression };
-    let layer = LayerId { diff_id: sha256(&tar), base: true };
-    drop(tar);
+    let open = || BufReader::new(File::open(&blob).expect("the blob can be opened"));
+    let gzip = open().fill_buf().expect("the blob can be read").starts_with(&[0x1f, 0x8b]);
+    let compression = if gzip { Compression::Gzip } else { Compression::None };
+    let (digest, size) = sha256(open());
+    let (diff_id, _) = if gzip { sha256(MultiGzDecoder::new(open())) } else { (digest, size) };
+    let meta = LayerBlob { digest, size, compression };
+    let layer = LayerId { diff_id, base: true };
     for _ in 0..runs {
         let file = File::create(&out).expect("the layer's file can be made");
         let start = Instant::now();
@@ -37,6 +34,17 @@ fn main() {
     }
 }
 
-fn sha256(bytes: &[u8]) -> Digest {
-    Digest::from_sha256(Sha256::digest(bytes).into())
+/// Digest and length of a stream.
+fn sha256(mut stream: impl Read) -> (Digest, u64) {
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 16];
+    let mut length = 0;
+    loop {
+        let read = stream.read(&mut buffer).expect("the blob can be read");
+        if read == 0 {
+            return (Digest::from_sha256(hash.finalize().into()), length);
+        }
+        hash.update(&buffer[..read]);
+        length += read as u64;
+    }
 }

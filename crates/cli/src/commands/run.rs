@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use bytes::BytesMut;
+use funtainer_engine::backend::Progress;
 use funtainer_gateway::api::native::RunRequest;
 use funtainer_gateway::api::run::{FRAME_BYTES_MAX, Frame, FrameReader, PROTOCOL, RunEnd};
 use funtainer_model::ErrorCode;
@@ -80,7 +81,9 @@ async fn receive(mut frames: FrameReader<impl tokio::io::AsyncRead + Unpin>, mut
                 show.end();
                 streams::bytes(&mut stderr, &bytes).await?;
             }
-            Some(Frame::Progress(step)) => show.step(&step),
+            // What the command itself says is not to drown in what is no news.
+            Some(Frame::Progress(step)) if matches!(step, Progress::Layer { .. }) => show.step(&step),
+            Some(Frame::Progress(_)) => {}
             Some(Frame::End(end)) => return Ok(end),
             Some(Frame::Stdin(_) | Frame::StdinEnd) => anyhow::bail!("the server sent input instead of output"),
             None => anyhow::bail!("the server broke the connection off before the command's end"),

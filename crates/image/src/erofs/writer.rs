@@ -26,7 +26,7 @@ const BUFFER_BYTES: usize = 256 << 10;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct WriteOptions {
     /// Whether the layer lies at the bottom of its image, where there is nothing to delete: whiteouts and the marks of
-    /// opaque directories are left out, because overlayfs would show the whiteouts of a lowest layer as files.
+    /// opaque directories are left out, so that the layer is whole without an overlay too.
     pub base: bool,
 }
 
@@ -50,7 +50,7 @@ pub enum WriteError {
     #[error(transparent)]
     Tar(#[from] TarError),
     /// An entry cannot be part of a layer.
-    #[error("tar entry '{entry}' at byte {offset}: {reason}")]
+    #[error("entry '{entry}' at byte {offset} of the tar cannot be part of a layer")]
     Entry {
         /// Where in the archive, in bytes.
         offset: u64,
@@ -61,8 +61,8 @@ pub enum WriteError {
         reason: EntryReason,
     },
     /// The layer as a whole is over a limit.
-    #[error("{0}")]
-    Layer(#[source] EntryReason),
+    #[error(transparent)]
+    Layer(EntryReason),
     /// The file cannot be written.
     #[error("the layer's file cannot be written")]
     Io(#[from] io::Error),

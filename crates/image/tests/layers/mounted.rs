@@ -34,7 +34,8 @@ impl Mount {
 
     fn finish(context: &OwnedFd) -> Self {
         fsconfig_set_flag(context.as_fd(), "ro").unwrap();
-        fsconfig_create(context.as_fd()).unwrap();
+        fsconfig_create(context.as_fd())
+            .expect("the mount is refused: Linux 6.14 or later is needed, and a target directory on a disk, not on tmpfs");
         Self(fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap())
     }
 
