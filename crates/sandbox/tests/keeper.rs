@@ -3,7 +3,7 @@
 mod harness;
 
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
@@ -208,7 +208,7 @@ fn list(client: &mut Client) -> Listing {
     loop {
         let (reply, logs) = client.answer(number);
         match reply {
-            Reply::Listed { exit: None, .. } => running.push((reply, logs.iter().map(|log| log.as_raw_fd()).collect())),
+            Reply::Listed { exit: None, .. } => running.push((reply, logs.iter().map(OwnedFd::as_raw_fd).collect())),
             Reply::Listed { .. } => ended.push(reply),
             Reply::Done => return (running, ended),
             other => panic!("{other:?}"),

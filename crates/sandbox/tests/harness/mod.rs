@@ -60,7 +60,7 @@ impl Server {
     pub fn restart(self) -> Self {
         let mut old = std::mem::ManuallyDrop::new(self);
         old.child.wait().unwrap();
-        // SAFETY-free take: the fields are moved out once, the rest is plain data.
+        // Not dropped as a whole: the data directory lives on.
         let directory = std::mem::replace(&mut old.directory, tempfile::tempdir().unwrap());
         Self::on(directory, &[])
     }
@@ -150,7 +150,8 @@ impl Client {
     pub fn send_raw(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
         until("the keeper reads", || match fds::send(self.control.as_fd(), bytes, descriptors, SendFlags::DONTWAIT) {
             Err(rustix::io::Errno::AGAIN) => None,
-            other => Some(other.unwrap()),
+            Err(errno) => panic!("send to the keeper: {errno}"),
+            Ok(()) => Some(()),
         });
     }
 
