@@ -10,7 +10,7 @@
 //! One thread and one epoll. Nothing here waits for a zygote or a daemon: sockets are non-blocking with a bounded queue, and who floods
 //! or stalls is killed. What the daemon sends is checked, and what zygotes send too.
 //!
-//! Deadlines are looked at whenever the loop turns; [`Keeper::deadline`] says when it must at the latest.
+//! Deadlines are looked at whenever the loop turns; `deadline` says when it must at the latest.
 
 mod data;
 mod instances;
