@@ -366,7 +366,7 @@ fn layers_are_committed_whole_and_for_good() {
     assert!(!store.join("layers").join(layer(2).file_name()).exists());
     assert_eq!(fs::metadata(&staged).unwrap().mode() & 0o777, 0o644, "what was refused is as it was");
 
-    assert_eq!(client.ask_with(&Request::CommitLayer { layer: layer(2) }, &[read_only.as_fd()]).0, Reply::Done);
+    assert_eq!(client.commit(&server.data, layer(2), &staged), Reply::Done);
     assert_eq!(server.stop(client), Some(0));
 }
 
