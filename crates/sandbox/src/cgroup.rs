@@ -16,7 +16,7 @@ mod v2;
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
@@ -25,6 +25,8 @@ use rustix::process::{Pid, PidfdFlags};
 use crate::fds::{pidfd_ended, pidfd_signal};
 use crate::step::{StepError, errno_of};
 
+/// `CLONE_INTO_CGROUP` of clone(2): the child is born in the group whose directory is named. The crate `libc` has it too narrow.
+pub const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// How many controllers an instance may have a group in.
 const GROUPS_MAX: usize = v1::CONTROLLERS.len();
 /// How long a sweep waits for the processes that it killed.
@@ -367,16 +369,20 @@ fn sweep_group(parent: BorrowedFd<'_>, name: &CString, path: &str) -> Result<(),
             sweep_group(directory.as_fd(), &entry_name.to_owned(), &format!("{path}/{}", entry_name.to_string_lossy()))?;
         }
     }
-    kill_and_wait(directory.as_fd(), path)?;
-    match rustix::fs::unlinkat(parent, &**name, AtFlags::REMOVEDIR) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
-        Err(errno) => Err(fail("remove a group")(errno)),
+    let deadline = Instant::now() + SWEEP_WAIT;
+    loop {
+        kill_and_wait(directory.as_fd(), path, deadline)?;
+        match rustix::fs::unlinkat(parent, &**name, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => return Ok(()),
+            // A process leaves its group a moment after it has left the list of it.
+            Err(Errno::BUSY) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
+            Err(errno) => return Err(fail("remove a group")(errno)),
+        }
     }
 }
 
 /// Kills until nobody is left: a process may fork between the look at the list and the signal.
-fn kill_and_wait(directory: BorrowedFd<'_>, path: &str) -> Result<(), CgroupError> {
-    let deadline = std::time::Instant::now() + SWEEP_WAIT;
+fn kill_and_wait(directory: BorrowedFd<'_>, path: &str, deadline: Instant) -> Result<(), CgroupError> {
     loop {
         let fail = |step| move |errno| CgroupError::Step { path: path.to_owned(), source: StepError { step, errno } };
         let pids = processes(directory).map_err(fail("read the processes of a group"))?;
@@ -390,11 +396,11 @@ fn kill_and_wait(directory: BorrowedFd<'_>, path: &str) -> Result<(), CgroupErro
                 continue;
             }
             pidfd_signal(pidfd.as_fd(), libc::SIGKILL).or_else(already_gone).map_err(fail("kill a process of a group"))?;
-            let left = deadline.saturating_duration_since(std::time::Instant::now());
+            let left = deadline.saturating_duration_since(Instant::now());
             let left = rustix::event::Timespec::try_from(left).unwrap_or_default();
             pidfd_ended(pidfd.as_fd(), Some(left)).map_err(fail("wait for a process of a group"))?;
         }
-        if std::time::Instant::now() >= deadline {
+        if Instant::now() >= deadline {
             return Err(CgroupError::StillPopulated { path: path.to_owned() });
         }
     }
@@ -489,3 +495,6 @@ fn read_key(directory: BorrowedFd<'_>, name: &str, key: &str) -> Option<u64> {
     let text = read(directory, name)?;
     text.lines().filter_map(|line| line.split_once(' ')).find(|(found, _)| *found == key)?.1.trim_ascii().parse().ok()
 }
+
+#[cfg(test)]
+mod tests;

@@ -232,3 +232,172 @@ pub fn pidfd_reap(pidfd: BorrowedFd<'_>, block: bool) -> Result<Option<Exit>, Er
         (None, signal) => Exit::Signal(signal.unwrap_or(libc::SIGKILL)),
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::{Child, ensure, run};
+
+    fn open_null() -> OwnedFd {
+        std::fs::File::open("/dev/null").expect("/dev/null").into()
+    }
+
+    /// Whether no writer of a pipe is left within the time. Children of other tests hold copies of it for a moment.
+    fn writer_is_gone(reader: &OwnedFd, seconds: i64) -> bool {
+        let mut polled = [PollFd::new(reader, PollFlags::IN)];
+        rustix::event::poll(&mut polled, Some(&Timespec { tv_sec: seconds, tv_nsec: 0 })).expect("poll");
+        polled[0].revents().contains(PollFlags::HUP)
+    }
+
+    #[test]
+    fn bytes_and_descriptors_arrive_in_order() {
+        let (ours, theirs) = pair().expect("pair");
+        let pipes: Vec<_> = (0..FDS_MAX).map(|_| rustix::pipe::pipe().expect("pipe")).collect();
+        let writers: Vec<_> = pipes.iter().map(|(_, writer)| writer.as_fd()).collect();
+        send(ours.as_fd(), b"hello", &writers, SendFlags::empty()).expect("send");
+        send(ours.as_fd(), b"more", &[], SendFlags::empty()).expect("send");
+
+        let mut buffer = [0; 16];
+        let mut received = receive(theirs.as_fd(), &mut buffer, RecvFlags::empty()).expect("receive").expect("a message");
+        assert_eq!(&buffer[..received.bytes], b"hello");
+        assert_eq!(received.fds.len(), FDS_MAX);
+        for (index, (reader, _)) in pipes.iter().enumerate() {
+            let writer = received.fds.take(index).expect("a descriptor");
+            assert!(rustix::io::fcntl_getfd(&writer).expect("flags").contains(rustix::io::FdFlags::CLOEXEC));
+            rustix::io::write(&writer, &[index as u8]).expect("write");
+            let mut byte = [0];
+            rustix::io::read(reader, &mut byte).expect("read");
+            assert_eq!(usize::from(byte[0]), index);
+        }
+        assert!(received.fds.take(0).is_none() && received.fds.take(FDS_MAX).is_none());
+
+        let received = receive(theirs.as_fd(), &mut buffer, RecvFlags::empty()).expect("receive").expect("a message");
+        assert_eq!((&buffer[..received.bytes], received.fds.is_empty()), (&b"more"[..], true));
+        drop(ours);
+        assert!(receive(theirs.as_fd(), &mut buffer, RecvFlags::empty()).expect("receive").is_none());
+    }
+
+    /// Sends more than our own [`send`] would.
+    fn send_many(socket: &OwnedFd, fds: &[BorrowedFd<'_>]) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(fds)));
+        rustix::net::sendmsg(socket, &[IoSlice::new(b"x")], &mut control, SendFlags::empty()).expect("sendmsg");
+    }
+
+    #[test]
+    fn too_many_descriptors_are_closed_and_told() {
+        for count in [FDS_MAX + 1, FDS_MAX + 2, 253] {
+            let (ours, theirs) = pair().expect("pair");
+            let (reader, writer) = rustix::pipe::pipe().expect("pipe");
+            send_many(&ours, &vec![writer.as_fd(); count]);
+            drop(writer);
+            let mut buffer = [0; 16];
+            assert_eq!(receive(theirs.as_fd(), &mut buffer, RecvFlags::empty()).unwrap_err(), ReceiveError::FdsTruncated);
+            assert!(writer_is_gone(&reader, 10), "{count} descriptors: one is left open");
+        }
+    }
+
+    #[test]
+    fn a_message_that_is_too_long_is_told_and_its_descriptors_closed() {
+        let (ours, theirs) = pair().expect("pair");
+        let (reader, writer) = rustix::pipe::pipe().expect("pipe");
+        send(ours.as_fd(), &[7; 100], &[writer.as_fd()], SendFlags::empty()).expect("send");
+        drop(writer);
+        let mut buffer = [0; 99];
+        let error = receive(theirs.as_fd(), &mut buffer, RecvFlags::empty()).unwrap_err();
+        assert_eq!(error, ReceiveError::BytesTruncated { buffer: 99 });
+        assert!(writer_is_gone(&reader, 10));
+    }
+
+    #[test]
+    fn what_is_not_taken_is_closed() {
+        let (ours, theirs) = pair().expect("pair");
+        let (reader, writer) = rustix::pipe::pipe().expect("pipe");
+        send(ours.as_fd(), b"x", &[writer.as_fd(), writer.as_fd()], SendFlags::empty()).expect("send");
+        drop(writer);
+        let mut received = receive(theirs.as_fd(), &mut [0; 8], RecvFlags::empty()).expect("receive").expect("a message");
+        let taken = received.fds.take(0);
+        drop(received);
+        assert!(!writer_is_gone(&reader, 0));
+        drop(taken);
+        assert!(writer_is_gone(&reader, 10));
+    }
+
+    #[test]
+    fn wrong_messages_are_refused_by_the_sender() {
+        let (ours, theirs) = pair().expect("pair");
+        let null = open_null();
+        assert_eq!(send(ours.as_fd(), b"", &[null.as_fd()], SendFlags::empty()), Err(Errno::INVAL));
+        assert_eq!(send(ours.as_fd(), b"x", &[null.as_fd(); FDS_MAX + 1], SendFlags::empty()), Err(Errno::INVAL));
+        drop(theirs);
+        assert_eq!(send(ours.as_fd(), b"x", &[], SendFlags::empty()), Err(Errno::PIPE));
+    }
+
+    #[test]
+    fn an_empty_socket_says_so_when_it_may_not_block() {
+        let (_ours, theirs) = pair().expect("pair");
+        let error = receive(theirs.as_fd(), &mut [0; 8], RecvFlags::DONTWAIT).unwrap_err();
+        assert_eq!(error, ReceiveError::Kernel(Errno::AGAIN));
+    }
+
+    proptest! {
+        #[test]
+        fn any_message_arrives_as_it_was(bytes in proptest::collection::vec(any::<u8>(), 1..4096), count in 0..=FDS_MAX) {
+            let (ours, theirs) = pair().expect("pair");
+            let null = open_null();
+            send(ours.as_fd(), &bytes, &vec![null.as_fd(); count], SendFlags::empty()).expect("send");
+            let mut buffer = [0; 4096];
+            let received = receive(theirs.as_fd(), &mut buffer, RecvFlags::empty()).expect("receive").expect("a message");
+            prop_assert_eq!(&buffer[..received.bytes], &bytes[..]);
+            prop_assert_eq!(received.fds.into_iter().count(), count);
+        }
+    }
+
+    #[test]
+    fn exits_are_told_apart() {
+        let child = Child::start(0, || Ok(()));
+        assert_eq!(child.finish(), Ok(Exit::Code(0)));
+
+        let child = Child::start(0, || {
+            loop {
+                rustix::event::pause();
+            }
+        });
+        assert_eq!(pidfd_ended(child.pidfd.as_fd(), Some(Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(false));
+        assert_eq!(pidfd_reap(child.pidfd.as_fd(), false), Ok(None));
+        // A real-time signal ends a process too.
+        pidfd_signal(child.pidfd.as_fd(), 40).expect("signal");
+        assert_eq!(pidfd_ended(child.pidfd.as_fd(), Some(Timespec { tv_sec: 10, tv_nsec: 0 })), Ok(true));
+        assert_eq!(pidfd_reap(child.pidfd.as_fd(), false), Ok(Some(Exit::Signal(40))));
+        assert_eq!(pidfd_signal(child.pidfd.as_fd(), libc::SIGKILL), Err(Errno::SRCH));
+        assert_eq!(pidfd_reap(child.pidfd.as_fd(), true), Err(Errno::CHILD));
+    }
+
+    #[test]
+    fn a_child_places_and_closes_descriptors() {
+        run(0, || {
+            let null = rustix::fs::open(
+                c"/dev/null",
+                rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC,
+                rustix::fs::Mode::empty(),
+            )
+            .map_err(crate::step::at("open"))?;
+            place(null.as_fd(), 60).map_err(crate::step::at("place"))?;
+            // SAFETY: the number was made open in the line above, and is not owned.
+            let placed = unsafe { BorrowedFd::borrow_raw(60) };
+            let flags = rustix::io::fcntl_getfd(placed).map_err(crate::step::at("flags"))?;
+            ensure(flags.is_empty(), "a placed descriptor stays open across exec")?;
+            cloexec_from(60).map_err(crate::step::at("mark"))?;
+            let flags = rustix::io::fcntl_getfd(placed).map_err(crate::step::at("flags"))?;
+            ensure(flags.contains(rustix::io::FdFlags::CLOEXEC), "a marked descriptor is closed on exec")?;
+            place(placed, 60).map_err(crate::step::at("place where it is"))?;
+            let flags = rustix::io::fcntl_getfd(placed).map_err(crate::step::at("flags"))?;
+            ensure(flags.is_empty(), "a placed descriptor stays open across exec")?;
+            close_from(60).map_err(crate::step::at("close"))?;
+            ensure(rustix::io::fcntl_getfd(placed) == Err(Errno::BADF), "it is closed")
+        });
+    }
+}

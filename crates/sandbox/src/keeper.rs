@@ -189,6 +189,8 @@ struct Daemon {
     greeted: bool,
     /// It has said `Ready`.
     ready: bool,
+    /// It is to be dead; only its end is waited for.
+    killed: bool,
 }
 
 /// When the next daemon is due.
@@ -332,9 +334,8 @@ impl Keeper {
         }
         let stop_due = self.stopping.is_some_and(|since| since + STOP_MAX <= now);
         match &self.daemon {
-            Some(daemon) if stop_due || daemon.link.deadline().is_some_and(|at| at <= now) => {
-                self.kill_daemon("does not end or read")
-            }
+            Some(daemon) if daemon.link.deadline().is_some_and(|at| at <= now) => self.daemon_fault(Fault::Stalled),
+            Some(_) if stop_due => self.kill_daemon("does not end"),
             None if self.stopping.is_some() => return Ok(Some(Ended::Stopped)),
             _ => {}
         }
@@ -345,7 +346,7 @@ impl Keeper {
 
     /// The earliest moment at which something becomes due.
     fn deadline(&self) -> Option<Instant> {
-        let daemon = self.daemon.as_ref();
+        let daemon = self.daemon.as_ref().filter(|daemon| !daemon.killed);
         [
             self.respawn.at,
             daemon.and(self.stopping).map(|since| since + STOP_MAX),
@@ -403,14 +404,15 @@ impl Keeper {
         epoll::add(&self.epoll, &pidfd, end, EventFlags::IN).map_err(at("watch the daemon"))?;
         let link = Link::new(ours, &self.epoll, TOKEN_DAEMON).map_err(at("watch the daemon"))?;
         self.generation += 1;
-        self.daemon = Some(Daemon { pid, pidfd, link, greeted: false, ready: false });
+        self.daemon = Some(Daemon { pid, pidfd, link, greeted: false, ready: false, killed: false });
         Ok(())
     }
 
     /// Ends the daemon; its death is an event like any other.
-    fn kill_daemon(&self, why: &str) {
-        if let Some(daemon) = &self.daemon {
-            self.log(&format!("the daemon (pid {}) {why}: it is killed", daemon.pid));
+    fn kill_daemon(&mut self, why: &str) {
+        if let Some(daemon) = self.daemon.as_mut().filter(|daemon| !daemon.killed) {
+            daemon.killed = true;
+            (self.settings.log)(&format!("the daemon (pid {}) {why}: it is killed", daemon.pid));
             // ESRCH only when it is dead already.
             let _ = fds::pidfd_signal(daemon.pidfd.as_fd(), libc::SIGKILL);
         }
@@ -455,7 +457,7 @@ impl Keeper {
         }
         let mut buffer = std::mem::take(&mut self.buffer);
         for _ in 0..TURN_MESSAGES {
-            let Some(daemon) = self.daemon.as_ref().filter(|daemon| !daemon.link.is_busy()) else { break };
+            let Some(daemon) = self.daemon.as_ref().filter(|daemon| !daemon.killed && !daemon.link.is_busy()) else { break };
             match fds::receive(daemon.link.socket(), &mut buffer, RecvFlags::DONTWAIT) {
                 Ok(Some(received)) => self.on_request(&buffer[..received.bytes], received.fds),
                 Err(fds::ReceiveError::Kernel(Errno::AGAIN)) => break,
@@ -509,7 +511,7 @@ impl Keeper {
         }
     }
 
-    fn daemon_fault(&self, fault: Fault) {
+    fn daemon_fault(&mut self, fault: Fault) {
         match fault {
             // It may be dying, of which its pidfd tells; one that only closed its socket is of no use any more.
             Fault::Gone => self.kill_daemon("has closed its socket"),

@@ -18,6 +18,8 @@ pub mod protocol;
 pub mod seccomp;
 mod signals;
 pub mod step;
+#[cfg(test)]
+mod testing;
 pub mod title;
 pub mod userns;
 mod zygote;

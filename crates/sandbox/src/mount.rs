@@ -169,20 +169,4 @@ impl Digits {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_are_written_whole() {
-        for (number, decimal, octal) in [
-            (0, c"0", c"0"),
-            (7, c"7", c"7"),
-            (493, c"493", c"755"),
-            (u64::MAX, c"18446744073709551615", c"1777777777777777777777"),
-        ] {
-            let mut digits = Digits::new();
-            assert_eq!(digits.decimal(number), decimal);
-            assert_eq!(digits.octal(number), octal);
-        }
-    }
-}
+mod tests;

@@ -183,7 +183,8 @@ mod tests {
             }
             for descriptors in 0..2 {
                 if let Some(report) = Report::decode(&bytes, descriptors) {
-                    prop_assert_eq!(report.encode().as_bytes(), &bytes[..]);
+                    let datagram = report.encode();
+                    prop_assert_eq!(datagram.as_bytes(), &bytes[..]);
                 }
             }
         }

@@ -114,7 +114,10 @@ pub(crate) fn refused<T>(result: Result<T, Errno>, errno: Errno, what: &'static 
     match result {
         Err(found) if found == errno => Ok(()),
         Err(found) => Err(StepError { step: what, errno: found }),
-        Ok(_) => Err(StepError { step: what, errno: Errno::CANCELED }),
+        Ok(value) => {
+            drop(value);
+            Err(StepError { step: what, errno: Errno::CANCELED })
+        }
     }
 }
 

@@ -87,3 +87,76 @@ fn area(stat: &str) -> Option<(usize, usize)> {
     let end = if env_start == arg_end && env_end > env_start { env_end } else { arg_end };
     Some((arg_start, end - arg_start))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_area_is_read_from_stat() {
+        let stat = |name: &str, tail: &str| {
+            let between: Vec<String> = (4..48).map(|number| number.to_string()).collect();
+            format!("1 ({name}) S {} {tail} 0\n", between.join(" "))
+        };
+        for (tail, expect) in [
+            ("1000 1040 1040 2000", Some((1000, 1000))),
+            ("1000 1040 1100 2000", Some((1000, 40))),
+            ("1000 1040 1040 1040", Some((1000, 40))),
+            ("0 0 0 0", None),
+            ("1000 1000 1000 1000", None),
+            ("1000 900 1000 1000", None),
+            ("1000 x 1040 2000", None),
+            ("1000", None),
+        ] {
+            for name in ["cat", "a b) S 1 (", ")", ""] {
+                assert_eq!(area(&stat(name, tail)), expect, "{name} {tail}");
+            }
+        }
+        assert_eq!(area(""), None);
+        assert_eq!(area("1 (x"), None);
+    }
+
+    /// Set in the process that [`a_title_replaces_the_arguments`] starts; [`helper`] then runs there alone.
+    const HELPER: &str = "FUNTAINER_TEST_TITLE";
+
+    #[test]
+    fn a_title_replaces_the_arguments() {
+        let this = std::env::current_exe().expect("this test's file");
+        let output = std::process::Command::new(this)
+            .args(["title::tests::helper", "--exact", "--test-threads=1", "--nocapture"])
+            .env(HELPER, "kept")
+            .output()
+            .expect("a process");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        assert!(String::from_utf8_lossy(&output.stdout).contains("titles work"));
+    }
+
+    #[test]
+    fn helper() {
+        let Ok(value) = std::env::var(HELPER) else { return };
+        // SAFETY: the only test of this process; the other thread, the harness, waits for its end.
+        let title = unsafe { Title::prepare() }.expect("an area");
+        let show = || std::fs::read("/proc/self/cmdline").expect("cmdline");
+        let environment = || std::fs::read("/proc/self/environ").expect("environ");
+        let long = vec![b'x'; title.capacity() + 100];
+        for text in [
+            &b"funtainer init"[..],
+            b"funtainer zygote a-name-that-is-longer-than-all-arguments-of-this-process-together-0123456789",
+            &long,
+            b"x",
+        ] {
+            // SAFETY: as above; nothing reads the arguments afterwards.
+            unsafe { title.set(text) };
+            let shown = show();
+            let end = shown.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+            assert_eq!(&shown[..end], &text[..text.len().min(title.capacity())]);
+            if text.len() < 20 {
+                assert!(environment().iter().all(|byte| *byte == 0), "the environment is hidden");
+            }
+        }
+        assert_eq!(std::env::var(HELPER).as_ref(), Ok(&value), "variables keep their values");
+        set_name(c"funtainer-name").expect("a name");
+        assert_eq!(std::fs::read_to_string("/proc/thread-self/comm").expect("comm"), "funtainer-name\n");
+        println!("titles work");
+    }
+}

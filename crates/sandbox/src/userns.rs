@@ -174,3 +174,89 @@ struct CloneArguments {
     stack_size: u64,
     tls: u64,
 }
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{Mode, OFlags};
+
+    use super::*;
+    use crate::testing::{Child, TEST_BASE, device_of, ensure, need_root, refused, run};
+
+    #[test]
+    fn a_namespace_has_the_map_and_leaves_no_process() {
+        need_root();
+        let namespace = make(TEST_BASE).expect("a user namespace");
+        let uid = std::process::Command::new("nsenter")
+            .arg(format!("--user=/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&namespace)))
+            .args(["cat", "/proc/self/uid_map", "/proc/self/gid_map"])
+            .output()
+            .expect("nsenter of util-linux");
+        let text = String::from_utf8(uid.stdout).expect("text");
+        let maps: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        let map = vec!["0".to_owned(), TEST_BASE.to_string(), IDS.to_string()];
+        assert_eq!(maps, vec![map.clone(), map]);
+    }
+
+    #[test]
+    fn two_maps_cannot_be_written() {
+        need_root();
+        let child = Child::start(libc::CLONE_NEWUSER, || Ok(()));
+        let error = write_maps(child.pid, TEST_BASE).expect_err("the maps are written already");
+        assert_eq!((error.step, error.errno), ("write uid_map", Errno::PERM));
+        child.succeed();
+    }
+
+    #[test]
+    fn a_map_past_the_last_id_is_refused() {
+        need_root();
+        let error = make(u32::MAX - 10).expect_err("there are no such ids");
+        assert_eq!((error.step, error.errno), ("write uid_map of a new user namespace", Errno::INVAL));
+    }
+
+    #[test]
+    fn capabilities_are_dropped_for_good() {
+        need_root();
+        run(libc::CLONE_NEWUSER | libc::CLONE_NEWNS, || {
+            no_new_privs()?;
+            drop_bounding(KEPT)?;
+            set_capabilities(KEPT)?;
+            let sets = rustix::thread::capabilities(None).map_err(at("capget"))?;
+            ensure(
+                sets.effective == KEPT && sets.permitted == KEPT && sets.inheritable.is_empty(),
+                "only the kept ones are left",
+            )?;
+            for number in 0..64 {
+                let capability = CapabilitySet::from_bits_retain(1 << number);
+                // Numbers that this kernel does not know are no bits of the set.
+                let bound = rustix::thread::capability_is_in_bounding_set(capability).unwrap_or(false);
+                ensure(bound == KEPT.contains(capability), "the bounding set is what is kept")?;
+            }
+            let all = CapabilitySets { effective: CapabilitySet::SYS_ADMIN, permitted: CapabilitySet::SYS_ADMIN, ..sets };
+            refused(rustix::thread::set_capabilities(None, all), Errno::PERM, "capabilities do not come back")?;
+            refused(rustix::mount::mount_bind(c"/", c"/mnt"), Errno::PERM, "mounting is over")?;
+            // The others end with the user.
+            become_user(Uid::from_raw(33), Gid::from_raw(33), &[Gid::from_raw(33), Gid::from_raw(44)])?;
+            let sets = rustix::thread::capabilities(None).map_err(at("capget"))?;
+            ensure(sets.effective.is_empty() && sets.permitted.is_empty(), "an ordinary user has none")?;
+            refused(rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT), Errno::PERM, "root does not come back")
+        });
+    }
+
+    #[test]
+    fn what_is_kept_is_dockers_default_less_four() {
+        // CHOWN, DAC_OVERRIDE, FOWNER, FSETID, KILL, SETGID, SETUID, SETPCAP, NET_BIND_SERVICE, SETFCAP by their numbers.
+        let numbers = [0, 1, 3, 4, 5, 6, 7, 8, 10, 31];
+        assert_eq!(KEPT.bits(), numbers.iter().map(|number| 1_u64 << number).sum());
+    }
+
+    #[test]
+    fn root_inside_is_nobody_outside() {
+        need_root();
+        run(libc::CLONE_NEWUSER, || {
+            ensure(rustix::process::getuid().is_root(), "the child is root")?;
+            ensure(device_of(c"/dev/null").map_err(at("stat /dev/null"))? == 0x103, "the host's files can be seen")?;
+            let open = rustix::fs::open(c"/etc/shadow", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+            refused(open.map(drop), Errno::ACCESS, "a file of the host's root is closed")
+        });
+    }
+}

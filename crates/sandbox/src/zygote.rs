@@ -110,9 +110,10 @@ fn live(plan: &Plan<'_>) {
 
 /// Leaves the socket at [`SOCKET`] and `/dev/null` at 0 to 2: the keeper's descriptors were copied with it and are closed here.
 fn own_descriptors(socket: BorrowedFd<'_>) -> Result<(), Errno> {
-    let null = rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    let opened = rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     // Above all fixed numbers first: a number that is placed must not be one that is still to be copied.
-    let null = rustix::io::fcntl_dupfd_cloexec(&null, 64)?;
+    let null = rustix::io::fcntl_dupfd_cloexec(&opened, 64)?;
+    drop(opened);
     let socket = rustix::io::fcntl_dupfd_cloexec(socket, 64)?;
     for number in 0..SOCKET {
         fds::place(null.as_fd(), number)?;
@@ -162,10 +163,11 @@ impl<'a> Zygote<'a> {
         let children = SignalSet::of(&[libc::SIGCHLD]);
         signals::set_mask(&SignalSet::all()).map_err(at("block signals"))?;
         let signals = signals::descriptor(&children).map_err(at("make a signalfd"))?;
+        // Before the mounts: a sysfs belongs to a network namespace, and may be mounted by who owns that.
+        let spare = Some(new_network()?);
         minimal_root()?;
         let limit = rustix::fs::open("/proc/sys/user/max_user_namespaces", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
         limit.and_then(|file| rustix::io::write(file, b"0")).map_err(at("forbid nested user namespaces"))?;
-        let spare = Some(new_network()?);
         let prepared = Prepared::new(plan.spec, Filter::compile(&seccomp::DEFAULT), plan.title);
         let statuses = Statuses::new().map_err(at("map the shared page"))?;
         // SAFETY: one thread, which reads neither arguments nor environment.

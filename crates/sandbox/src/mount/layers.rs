@@ -77,6 +77,8 @@ pub fn idmapped(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) -> Result
 /// The writable part of a root file system: a tmpfs that vanishes with the last mount of it.
 #[derive(Debug)]
 pub struct Writable {
+    /// A mount that no namespace has is taken apart when its own descriptor is closed; an overlay cannot be made of its directories then.
+    _mount: OwnedFd,
     upper: OwnedFd,
     work: OwnedFd,
 }
@@ -99,7 +101,7 @@ impl Writable {
         // `/` of the container has the mode and owner of the upper directory.
         let upper = directory(c"upper", 0o755).map_err(at("make the upper directory"))?;
         let work = directory(c"work", 0o700).map_err(at("make the work directory"))?;
-        Ok(Self { upper, work })
+        Ok(Self { _mount: mount, upper, work })
     }
 
     /// The upper directory: what is put here before the overlay is made stands over the layers (hosts, resolv.conf).

@@ -5,10 +5,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags};
 
-use super::{Writable, erofs, idmapped, overlay};
-use crate::step::StepError;
-use crate::userns;
+use super::{Writable, attach, devpts, erofs, idmapped, make_private, mqueue, overlay, procfs, sysfs, target};
+use crate::clone::{Cloned, clone3};
+use crate::step::{StepError, at};
+use crate::{fds, netns, userns};
 
 /// A kernel feature that is not there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,6 +23,13 @@ pub struct Missing {
 
 /// Host ids of the trial's user namespace: below those that functions get.
 const TRIAL_BASE: u32 = 0x6FFE_0000;
+/// Namespaces of an instance that its zygote or it is born in.
+const NAMESPACES: i32 =
+    libc::CLONE_NEWUSER | libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+/// The word by which the trial's child learns that it has its ids.
+const GO: &[u8] = b"go";
+/// Longest report of the trial's child: an errno and a step.
+const REPORT_BYTES_MAX: usize = 128;
 /// Room of the trial's writable layer.
 const TRIAL_BYTES: u64 = 1 << 20;
 
@@ -58,7 +67,8 @@ fn try_all(store: BorrowedFd<'_>) -> Result<(), Missing> {
         feature: "overlay by descriptors",
         reason: format!("Linux 6.14 or later with CONFIG_OVERLAY_FS is needed ({error})"),
     })?;
-    try_root(&root)
+    try_root(&root)?;
+    try_inside(&root)
 }
 
 /// The overlay shows the layer, and root inside may write.
@@ -70,6 +80,82 @@ fn try_root(root: &OwnedFd) -> Result<(), Missing> {
     }
     rustix::fs::mkdirat(root, c"trial", Mode::from_raw_mode(0o755))
         .map_err(|errno| wrong(format!("the trial's root cannot be written: {errno}")))
+}
+
+/// A child in all namespaces of an instance makes and attaches what an init would.
+fn try_inside(root: &OwnedFd) -> Result<(), Missing> {
+    let failed = |reason: String| Missing { feature: "a trial of all namespaces", reason };
+    let (ours, theirs) = fds::pair().map_err(|errno| failed(errno.to_string()))?;
+    // SAFETY: the child makes system calls by functions that neither allocate nor lock, and ends in `_exit`.
+    let cloned =
+        unsafe { clone3(NAMESPACES) }.map_err(|errno| missing_userns(&StepError { step: "clone a trial process", errno }))?;
+    let Cloned::Parent { pid, pidfd } = cloned else { report_inside(theirs.as_fd(), root.as_fd()) };
+    drop(theirs);
+    let told = userns::write_maps(pid, TRIAL_BASE).map_err(|error| missing_userns(&error)).and_then(|()| {
+        // The child's death, if it is dead, is told by the next message that does not come.
+        let _ = fds::send(ours.as_fd(), GO, &[], SendFlags::empty());
+        let mut report = [0_u8; REPORT_BYTES_MAX];
+        match fds::receive(ours.as_fd(), &mut report, RecvFlags::empty()) {
+            Ok(Some(received)) => Ok(report[..received.bytes].to_vec()),
+            Ok(None) => Err(failed("the trial process was killed".to_owned())),
+            Err(error) => Err(failed(error.to_string())),
+        }
+    });
+    // It ends by itself, or waits for a word that will not come.
+    let _ = fds::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+    let _ = fds::pidfd_reap(pidfd.as_fd(), true);
+    match told?.split_first_chunk::<4>() {
+        Some((errno, step)) if *errno != [0; 4] => {
+            Err(missing_inside(&String::from_utf8_lossy(step), Errno::from_raw_os_error(i32::from_ne_bytes(*errno))))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The whole life of the trial's child: waits for its ids, tries, tells an errno (0 if all works) and the step.
+fn report_inside(socket: BorrowedFd<'_>, root: BorrowedFd<'_>) -> ! {
+    let mut word = [0_u8; 8];
+    let go = fds::receive(socket, &mut word, RecvFlags::empty());
+    let outcome = if matches!(go, Ok(Some(_))) { make_all(root) } else { Ok(()) };
+    let mut report = [0_u8; REPORT_BYTES_MAX];
+    let mut length = 4;
+    if let Err(StepError { step, errno }) = outcome {
+        report[..4].copy_from_slice(&errno.raw_os_error().to_ne_bytes());
+        let text = &step.as_bytes()[..step.len().min(REPORT_BYTES_MAX - 4)];
+        report[4..4 + text.len()].copy_from_slice(text);
+        length += text.len();
+    }
+    let _ = fds::send(socket, &report[..length], &[], SendFlags::empty());
+    // SAFETY: ends this process without running anything of its parent's.
+    unsafe { libc::_exit(0) }
+}
+
+/// Neither allocates nor locks.
+fn make_all(root: BorrowedFd<'_>) -> Result<(), StepError> {
+    userns::become_root()?;
+    make_private()?;
+    netns::prepare()?;
+    let proc = procfs()?;
+    for made in [sysfs(), devpts(), mqueue()] {
+        drop(made?);
+    }
+    // Over /proc of this mount namespace, which is nobody else's: the one directory that is there on every machine.
+    let host =
+        rustix::fs::open(c"/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(at("open /"))?;
+    attach(root, target(host.as_fd(), c"proc")?.as_fd())?;
+    attach(proc.as_fd(), target(root, c"proc")?.as_fd())
+}
+
+fn missing_inside(step: &str, errno: Errno) -> Missing {
+    let reason = match (step, errno) {
+        ("create a procfs" | "create a sysfs", Errno::PERM) => {
+            "parts of /proc or /sys are covered here, as in a container: run the server on the machine itself, or in a container that \
+             sees all of both (docker run --security-opt systempaths=unconfined)"
+                .to_owned()
+        }
+        _ => format!("in the namespaces of a trial instance: {step}: {errno}"),
+    };
+    Missing { feature: "mounts in a user namespace", reason }
 }
 
 fn missing_userns(error: &StepError) -> Missing {
