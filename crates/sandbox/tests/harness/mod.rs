@@ -111,7 +111,7 @@ impl Drop for Server {
 }
 
 /// Built by `cargo test` beside the tests.
-fn keeper_host() -> PathBuf {
+pub fn keeper_host() -> PathBuf {
     let own = std::env::current_exe().unwrap();
     let directory = own.ancestors().find(|path| path.join("examples").is_dir()).expect("a target directory");
     let host = directory.join("examples/keeper_host");
