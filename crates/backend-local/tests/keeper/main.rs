@@ -30,7 +30,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("test failed: {error:?}");
+            eprintln!("test failed: {error:#}");
             ExitCode::FAILURE
         }
     }

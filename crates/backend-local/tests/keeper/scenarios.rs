@@ -1,5 +1,6 @@
 //! What the daemon does.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,6 +23,7 @@ const GRACE: Duration = Duration::from_secs(10);
 const DEADLINE: Duration = Duration::from_secs(30);
 
 pub(crate) fn run_daemon(listeners: usize) -> Result<()> {
+    tracing_subscriber::fmt().with_max_level(tracing::Level::INFO).with_writer(std::io::stderr).init();
     let inherited = funtainer_sandbox::daemon::take_inherited_fds(listeners)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let result = runtime.block_on(async move {
@@ -34,7 +36,10 @@ pub(crate) fn run_daemon(listeners: usize) -> Result<()> {
         }
         Ok::<_, anyhow::Error>(backend)
     });
-    let text = result.as_ref().map_or_else(|error| format!("{error:?}"), |_| "passed".to_owned());
+    if let Err(error) = &result {
+        eprintln!("daemon: {error:#}");
+    }
+    let text = result.as_ref().map_or_else(|error| format!("{error:#}"), |_| "passed".to_owned());
     std::fs::write("/data/logs/result.new", text)?;
     std::fs::rename("/data/logs/result.new", RESULT)?;
     // Until the keeper stops: its event ends the process.
@@ -129,12 +134,12 @@ async fn many_calls_at_once_get_more_sockets(backend: &Arc<LocalBackend>) -> Res
     let held = start(backend, &http("many", &["httpd", "-f", "-p", "8080", "-h", "/www"])).await?;
     let Access::Network(connect) = held.started.access else { bail!("no network") };
     let mut held_open = Vec::new();
-    for _ in 0..60 {
+    for _ in 0..30 {
         held_open.push(within(connect.connect(None)).await??);
     }
     drop(held_open);
     let client = Client::new(connect);
-    let calls: Vec<_> = (0..60)
+    let calls: Vec<_> = (0..30)
         .map(|_| {
             let client = client.clone();
             tokio::spawn(async move { call(&client).await })
@@ -329,16 +334,19 @@ async fn refused(backend: &Arc<LocalBackend>, revision: &Revision) -> Result<Fai
     Ok(failure)
 }
 
-/// How many inits of instances exist.
+/// How many processes exist below the zygotes of this keeper.
 async fn count_left(_: &LocalBackend) -> Result<usize> {
-    let mut count = 0;
+    let keeper = rustix::process::getppid().context("a daemon has a keeper")?.as_raw_pid();
+    let mut parents = HashMap::new();
     for entry in std::fs::read_dir("/proc")? {
-        let path = entry?.path().join("cmdline");
-        if std::fs::read(path).is_ok_and(|title| title.starts_with(b"funtainer init")) {
-            count += 1;
-        }
+        let Ok(pid) = entry?.file_name().to_string_lossy().parse::<i32>() else { continue };
+        let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+        // pid (name) state ppid: a zombie is reaped soon, but not yet.
+        let after = stat.rsplit_once(") ").context("a name in stat")?.1;
+        parents.insert(pid, after.split(' ').nth(1).context("a parent in stat")?.parse::<i32>()?);
     }
-    Ok(count)
+    let parent = |pid: &i32| parents.get(pid).copied();
+    Ok(parents.keys().filter(|pid| parent(pid).and_then(|zygote| parent(&zygote)) == Some(keeper)).count())
 }
 
 async fn invoke(backend: &LocalBackend, revision: &Revision, body: &str) -> Result<Result<(String, String), InvokeError>> {
