@@ -42,7 +42,7 @@ pub enum LinkError {
 }
 
 /// What the keeper says without being asked.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) enum Event {
     /// An instance is reaped.
     Exited(InstanceId, ExitRecord),
