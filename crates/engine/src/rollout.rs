@@ -106,6 +106,8 @@ async fn deploy_in_turn(shared: &Arc<Shared>, spec: FunctionSpec, progress: &Pro
     let shared = Arc::clone(shared);
     let runtime = shared.ground.runtime.clone();
     let carried = runtime.spawn(async move {
+        // A drain that began meanwhile would not see the new revision.
+        shared.open_for_work()?;
         shared.store.deploy(trial.revision.record.clone()).await.map_err(|error| error.failure())?;
         last_error.store(None);
         let revision = trial.succeed();
