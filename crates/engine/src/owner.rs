@@ -29,7 +29,7 @@ pub(crate) const STOP_GRACE: Duration = Duration::from_secs(10);
 /// The last failure of a function, for `describe`.
 pub(crate) type LastError = Arc<ArcSwapOption<Failure>>;
 
-/// What an owner is asked to do.
+/// What an owner is asked to do. The channel needs no bound: each command belongs to a request that waits, or to a call.
 pub(crate) enum Command {
     /// Have so many instances. Answered when those that were started are ready and those that were ended are reaped.
     Scale {

@@ -246,3 +246,28 @@ async fn an_engine_that_is_dropped_ends_its_instances() {
     fake.wait_alive(0).await;
     assert_eq!(open(&directory, &fake).await.list().len(), 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_deploy_that_is_given_up_at_any_point_is_whole_or_nothing() {
+    let bench = Bench::new().await;
+    for yields in 0..60 {
+        let (progress, _steps) = mpsc::channel(16);
+        let engine = bench.engine.clone();
+        let deploy = tokio::spawn(async move { engine.deploy(http("f"), progress).await.is_ok() });
+        in_still_time(async {
+            for _ in 0..yields {
+                tokio::task::yield_now().await;
+            }
+            deploy.abort();
+            let _ = deploy.await;
+        })
+        .await;
+        bench.deploy(http("f")).await.unwrap();
+        bench.text("f").await;
+        bench.fake.wait_alive(1).await;
+        assert_eq!(bench.engine.list().len(), 1);
+        let shown = bench.engine.describe(&id("f")).unwrap();
+        wait_until("one instance", || bench.engine.describe(&id("f")).unwrap().instances.len() == 1).await;
+        assert_eq!(open(&bench.directory, &Arc::default()).await.describe(&id("f")).unwrap().revision, shown.revision);
+    }
+}
