@@ -12,6 +12,7 @@ use super::format::{
     S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, SLOT_BYTES, Superblock, SuperblockError, XATTR_HEADER_BYTES, u16_at, u64_at,
 };
 use super::tree::NAME_BYTES_MAX;
+use super::writer::ENTRIES_MAX;
 use super::xattr;
 
 /// Names the place of an inode in its file.
@@ -250,6 +251,9 @@ impl Reader {
                     return Err(damaged(directory.nid, "names are out of order"));
                 }
                 name.clone_into(&mut last);
+                if entries.len() >= ENTRIES_MAX {
+                    return Err(damaged(directory.nid, "more names than a layer can have"));
+                }
                 if !matches!(name, b"." | b"..") {
                     entries.push(DirEntry { name: name.to_vec(), nid });
                 }

@@ -50,7 +50,7 @@ pub enum WriteError {
     #[error(transparent)]
     Tar(#[from] TarError),
     /// An entry cannot be part of a layer.
-    #[error("tar entry '{entry}' at byte {offset}: {reason}")]
+    #[error("entry '{entry}' at byte {offset} of the tar cannot be part of a layer")]
     Entry {
         /// Where in the archive, in bytes.
         offset: u64,
@@ -61,8 +61,8 @@ pub enum WriteError {
         reason: EntryReason,
     },
     /// The layer as a whole is over a limit.
-    #[error("{0}")]
-    Layer(#[source] EntryReason),
+    #[error(transparent)]
+    Layer(EntryReason),
     /// The file cannot be written.
     #[error("the layer's file cannot be written")]
     Io(#[from] io::Error),

@@ -1,10 +1,13 @@
 //! Archives that were made to break a reader.
 
-use funtainer_image::erofs::{EntryReason, WriteError};
+use std::io::BufReader;
+use std::os::unix::fs::FileExt;
+
+use funtainer_image::erofs::{EntryReason, WriteError, WriteOptions, write};
 use funtainer_image::tar::{EXTENSION_BYTES_MAX, Reader, TarReason};
 use proptest::prelude::*;
 
-use crate::make::{Archive, Header, pax_record, try_write};
+use crate::make::{Archive, Header, image, pax_record, try_write};
 
 /// What a reader says of an archive: the number of entries, or the reason why not.
 fn read(archive: &[u8]) -> Result<usize, TarReason> {
@@ -69,6 +72,20 @@ fn truncation_anywhere_is_seen() {
             Err(other) => panic!("cut at {end}: {other}"),
         }
         let _ = try_write(cut);
+    }
+}
+
+#[test]
+fn how_the_input_comes_in_makes_no_difference() {
+    let archive = everything().end();
+    let expect = image(&archive);
+    for size in (1..100).chain([511, 512, 513, 1_000]) {
+        let input = BufReader::with_capacity(size, archive.as_slice());
+        let out = tempfile::tempfile().unwrap();
+        let summary = write(&mut Reader::new(input), &out, WriteOptions::default()).unwrap();
+        let mut bytes = vec![0; summary.image_bytes as usize];
+        out.read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes == expect, "{size} bytes at once");
     }
 }
 
@@ -215,7 +232,9 @@ fn sizes_that_no_disk_holds_are_refused_before_they_are_written() {
     let twice = Archive::new().pax(&[(b"GNU.sparse.size", b"600000000000")]).file("a", b"");
     let twice = twice.append(&Archive::new().pax(&[(b"GNU.sparse.size", b"600000000000")]).file("b", b""));
     let error = try_write(&twice.end()).unwrap_err();
-    assert_eq!(error.to_string(), "tar entry 'b' at byte 2560: the layer needs more than 268435456 blocks");
+    assert_eq!(error.to_string(), "entry 'b' at byte 2560 of the tar cannot be part of a layer");
+    let source = std::error::Error::source(&error).unwrap();
+    assert_eq!(source.to_string(), "the layer needs more than 268435456 blocks");
 }
 
 #[test]
