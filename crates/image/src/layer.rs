@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The buffers go round; both queues are short, so that memory stays small and a slow disk slows the download down.
-//! Nothing is trusted before the end: a file for which [`write`] returned an error must be deleted.
+//! Nothing is trusted before the end: a file for which [`write()`] returned an error must be deleted.
 
 mod blob;
 mod pipe;
