@@ -14,8 +14,8 @@ mod layers;
 mod probe;
 
 pub use inside::{
-    DEVICES, MASKED, READ_ONLY, attach, bind_file, cgroup_view, device_tree, make_private, mask_all, move_tree, pivot,
-    remount_read_only, target,
+    DEVICES, MASKED, READ_ONLY, attach, bind_file, device_tree, make_private, mask_all, move_tree, pivot, remount_read_only,
+    target,
 };
 pub use layers::{Writable, erofs, idmapped, overlay};
 pub use probe::{Missing, probe};

@@ -19,13 +19,6 @@ pub const SOURCE_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 0, 8);
 /// Where the platform's connections over IPv6 come from: a unique local address (RFC 4193).
 pub const SOURCE_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xf00d, 0, 0, 0, 0, 0, 1);
 
-/// How many sockets of each family an instance hands out at its start.
-pub const SOCKETS_V4: usize = 12;
-/// See [`SOCKETS_V4`]. Servers that listen on ::1 alone are rare.
-pub const SOCKETS_V6: usize = 4;
-/// All sockets of [`make_sockets`]; fits into one message of [`crate::fds`].
-pub const SOCKETS: usize = SOCKETS_V4 + SOCKETS_V6;
-
 /// NETLINK_ROUTE is protocol 0, which "no protocol named" means too.
 const NETLINK_ROUTE: Option<rustix::net::Protocol> = None;
 
@@ -67,57 +60,12 @@ pub fn prepare() -> Result<Prepared, StepError> {
     Ok(Prepared { ipv6 })
 }
 
-/// Sockets made inside an instance: IPv4 first, then IPv6.
-#[derive(Debug)]
-pub struct Sockets {
-    slots: [Option<OwnedFd>; SOCKETS],
-    count: usize,
-}
-
-impl Sockets {
-    /// How many there are: [`SOCKETS`], or [`SOCKETS_V4`] without IPv6.
-    pub const fn len(&self) -> usize {
-        self.count
-    }
-
-    /// Never true: a failure to make one is an error.
-    pub const fn is_empty(&self) -> bool {
-        self.count == 0
-    }
-
-    /// Sends all sockets in one message after `bytes`.
-    ///
-    /// Neither allocates nor locks: may be called between clone and exec.
-    pub fn send(&self, over: BorrowedFd<'_>, bytes: &[u8]) -> Result<(), Errno> {
-        // The first slot fills the array only to have a value: `len` of them are real.
-        let Some(first) = self.slots[0].as_ref() else { return Err(Errno::BADF) };
-        let mut borrowed = [first.as_fd(); SOCKETS];
-        for (slot, socket) in borrowed.iter_mut().zip(self.slots.iter().flatten()) {
-            *slot = socket.as_fd();
-        }
-        crate::fds::send(over, bytes, &borrowed[..self.count], SendFlags::empty())
-    }
-}
-
-/// Makes the sockets of an instance in the calling thread's network namespace, which [`prepare`] was run in: TCP, non-blocking,
-/// close-on-exec, bound to the source addresses with a port that the kernel chooses at connect.
+/// A TCP socket in the calling thread's network namespace, which [`prepare`] was run in: non-blocking, close-on-exec, bound to the source
+/// address with a port that the kernel chooses at connect.
 ///
 /// A refused socket can be connected again, with the same source. Since it does not block, an attempt that was under way
 /// (`EINPROGRESS`) and failed must be asked for its outcome by calling `connect` again: that returns the error and makes the socket
 /// ready for the next attempt. `SO_ERROR` only takes the error away: the next `connect` then returns `ECONNABORTED` once.
-///
-/// Neither allocates nor locks: may be called between clone and exec.
-pub fn make_sockets(prepared: Prepared) -> Result<Sockets, StepError> {
-    let mut sockets = Sockets { slots: [const { None }; SOCKETS], count: 0 };
-    let count = if prepared.ipv6 { SOCKETS } else { SOCKETS_V4 };
-    for slot in &mut sockets.slots[..count] {
-        *slot = Some(if sockets.count < SOCKETS_V4 { make_socket_v4() } else { make_socket_v6() }?);
-        sockets.count += 1;
-    }
-    Ok(sockets)
-}
-
-/// One socket as [`make_sockets`] makes them.
 ///
 /// Neither allocates nor locks: may be called between clone and exec.
 pub fn make_socket_v4() -> Result<OwnedFd, StepError> {
@@ -126,7 +74,7 @@ pub fn make_socket_v4() -> Result<OwnedFd, StepError> {
     Ok(socket)
 }
 
-/// One socket as [`make_sockets`] makes them.
+/// As [`make_socket_v4`], for servers that listen on `::1` alone.
 ///
 /// Neither allocates nor locks: may be called between clone and exec.
 pub fn make_socket_v6() -> Result<OwnedFd, StepError> {
@@ -321,16 +269,13 @@ mod tests {
         run(FRESH, || {
             let prepared = prepare()?;
             ensure(prepared.ipv6, "this kernel has IPv6")?;
-            let sockets = make_sockets(prepared)?;
-            ensure(sockets.len() == SOCKETS, "all sockets are made")?;
-            let at =
-                |index: usize| sockets.slots[index].as_ref().ok_or(StepError { step: "a socket is there", errno: Errno::BADF });
             let v4 = |octets: [u8; 4]| SocketAddr::from((octets, PORT));
             let v6 = |address: Ipv6Addr| SocketAddr::from((address, PORT));
-            reach(at(0)?, v4([127, 0, 0, 1]), v4([127, 0, 0, 1]), SOURCE_V4.into())?;
-            reach(at(1)?, v4([0, 0, 0, 0]), v4([127, 0, 0, 1]), SOURCE_V4.into())?;
-            reach(at(SOCKETS_V4)?, v6(Ipv6Addr::LOCALHOST), v6(Ipv6Addr::LOCALHOST), SOURCE_V6.into())?;
-            reach(at(SOCKETS_V4 + 1)?, v6(Ipv6Addr::UNSPECIFIED), v6(Ipv6Addr::LOCALHOST), SOURCE_V6.into())
+            // At once: a first connection must not wait for the kernel to finish what `prepare` asked for.
+            reach(&make_socket_v6()?, v6(Ipv6Addr::LOCALHOST), v6(Ipv6Addr::LOCALHOST), SOURCE_V6.into())?;
+            reach(&make_socket_v6()?, v6(Ipv6Addr::UNSPECIFIED), v6(Ipv6Addr::LOCALHOST), SOURCE_V6.into())?;
+            reach(&make_socket_v4()?, v4([127, 0, 0, 1]), v4([127, 0, 0, 1]), SOURCE_V4.into())?;
+            reach(&make_socket_v4()?, v4([0, 0, 0, 0]), v4([127, 0, 0, 1]), SOURCE_V4.into())
         });
     }
 
@@ -378,9 +323,9 @@ mod tests {
     fn idle_sockets_hold_no_port() {
         need_root();
         run(FRESH, || {
-            let sockets = make_sockets(prepare()?)?;
-            for socket in sockets.slots.iter().flatten() {
-                let address = rustix::net::getsockname(socket).map_err(at("getsockname"))?;
+            prepare()?;
+            for socket in [make_socket_v4()?, make_socket_v6()?] {
+                let address = rustix::net::getsockname(&socket).map_err(at("getsockname"))?;
                 let address: SocketAddr = SocketAddrAny::try_into(address).map_err(at("read an address"))?;
                 ensure(address.port() == 0, "the port is chosen at connect")?;
                 ensure(address.ip() == SOURCE_V4 || address.ip() == SOURCE_V6, "the source address is fixed")?;
@@ -400,20 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_are_sent_in_one_message() {
-        need_root();
-        run(FRESH, || {
-            let (ours, theirs) = crate::fds::pair().map_err(at("pair"))?;
-            make_sockets(prepare()?)?.send(ours.as_fd(), b"sockets").map_err(at("send"))?;
-            let mut buffer = [0_u8; 16];
-            let received = crate::fds::receive(theirs.as_fd(), &mut buffer, RecvFlags::empty());
-            let received = received.ok().flatten().ok_or(StepError { step: "receive", errno: Errno::IO })?;
-            ensure(&buffer[..received.bytes] == b"sockets" && received.fds.len() == SOCKETS, "all arrive")
-        });
-    }
-
-    #[test]
-    fn without_ipv6_there_are_sockets_of_one_family() {
+    fn without_ipv6_the_other_family_works() {
         need_root();
         run(FRESH, || {
             let setting = c"/proc/sys/net/ipv6/conf/all/disable_ipv6";
@@ -422,11 +354,10 @@ mod tests {
             rustix::io::write(&file, b"1").map_err(at("switch IPv6 off"))?;
             let prepared = prepare()?;
             ensure(!prepared.ipv6, "IPv6 is off")?;
-            let sockets = make_sockets(prepared)?;
-            ensure(sockets.len() == SOCKETS_V4, "sockets of IPv4 alone")?;
+            let refusal = make_socket_v6().map(drop).map_err(|error| error.errno);
+            refused(refusal, Errno::ADDRNOTAVAIL, "there is no socket of that family")?;
             let to = SocketAddr::from(([127, 0, 0, 1], PORT));
-            let first = sockets.slots[0].as_ref().ok_or(StepError { step: "a socket is there", errno: Errno::BADF })?;
-            reach(first, to, to, SOURCE_V4.into())
+            reach(&make_socket_v4()?, to, to, SOURCE_V4.into())
         });
     }
 

@@ -19,8 +19,10 @@
 
 mod check;
 mod codec;
+#[cfg(test)]
+mod tests;
 
-pub use codec::number_of;
+pub use codec::{check_any, number_of};
 
 use funtainer_model::{InstanceId, LayerId, RevisionId, StopSignal};
 
@@ -167,7 +169,7 @@ pub enum Reply {
     /// The instance is being set up; what comes of it is said on the init pair, its end by [`Reply::Exited`].
     /// Descriptors: read end of standard error; with [`Streams::Log`] then of standard output.
     Started {
-        /// Pid of the init in the keeper's pid namespace.
+        /// Pid of the init in the keeper's pid namespace; 0 if it has ended already.
         pid: u32,
     },
     /// One instance. Descriptors as with `Started`, none if it has ended.

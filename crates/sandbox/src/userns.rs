@@ -45,7 +45,7 @@ pub fn make(base: u32) -> Result<OwnedFd, StepError> {
 }
 
 /// Writes `/proc/PID/FILE` in one write, as the id maps ask for.
-pub fn write_proc(pid: i32, file: &str, bytes: &[u8]) -> Result<(), Errno> {
+fn write_proc(pid: i32, file: &str, bytes: &[u8]) -> Result<(), Errno> {
     let open = std::fs::OpenOptions::new().write(true).open(format!("/proc/{pid}/{file}"));
     open.and_then(|mut file| file.write_all(bytes)).map_err(|error| errno_of(&error))
 }

@@ -362,13 +362,16 @@ impl Keeper {
     }
 }
 
-/// The pid behind a handle as this process sees it, `Pid:` of its fdinfo (pidfd_open(2)); `None` for what is no handle or for a process
-/// outside of what this one sees.
+/// The pid behind a handle as this process sees it, `Pid:` of its fdinfo (pidfd_open(2)), 0 if that process is reaped already. `None` for
+/// what is no handle, or one of a process outside of what this one sees.
 fn pid_of(pidfd: &OwnedFd) -> Option<u32> {
     use std::os::fd::AsRawFd as _;
     let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).ok()?;
     let pid = text.lines().find_map(|line| line.strip_prefix("Pid:"))?;
-    pid.trim().parse().ok().filter(|pid| *pid != 0)
+    match pid.trim().parse::<i32>().ok()? {
+        -1 => Some(0),
+        pid => u32::try_from(pid).ok().filter(|pid| *pid != 0),
+    }
 }
 
 fn cgroup_refusal(error: &CgroupError) -> Refusal {

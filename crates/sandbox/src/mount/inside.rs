@@ -6,11 +6,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
-    fsconfig_create, fsmount, mount, mount_bind, mount_change, move_mount, open_tree, unmount,
+    MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_bind,
+    mount_change, move_mount, open_tree, unmount,
 };
 
-use super::{Attributes, INERT, Tmpfs, open, set_attributes, tmpfs};
+use super::{Attributes, INERT, Tmpfs, set_attributes, tmpfs};
 use crate::step::{StepError, at};
 
 /// Devices that a container gets, by their names in the host's `/dev`.
@@ -121,15 +121,6 @@ pub fn device_tree(host_dev: &CStr, at_directory: &CStr) -> Result<(), StepError
     }
     let attributes = Attributes { set: u64::from(MountAttrFlags::MOUNT_ATTR_RDONLY.bits()), ..Attributes::default() };
     set_attributes(root.as_fd(), c"", libc::AT_EMPTY_PATH, &attributes).map_err(at("set /dev read-only"))
-}
-
-/// The caller's cgroup namespace as a cgroup v2 tree, read-only: run-times read their limits there. `None` where the kernel refuses.
-///
-/// Neither allocates nor locks: may be called between clone and exec.
-pub fn cgroup_view() -> Option<OwnedFd> {
-    let context = open(c"cgroup2", "fsopen cgroup2").ok()?;
-    fsconfig_create(&context).ok()?;
-    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, INERT | MountAttrFlags::MOUNT_ATTR_RDONLY).ok()
 }
 
 /// Makes `root` (an attached mount) the root of this mount namespace, and lets go of the old one with all that is mounted on it. The

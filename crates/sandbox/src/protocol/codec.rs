@@ -45,6 +45,22 @@ pub fn number_of(datagram: &[u8]) -> Option<u32> {
     Reader::new(datagram).header().ok().map(|(_, number)| number)
 }
 
+/// Reads the bytes as every message of every direction, and holds that whatever is read has exactly one form on the wire. For fuzzing: the
+/// only way to fail is to panic.
+pub fn check_any(datagram: &[u8]) {
+    for descriptors in 0..=DESCRIPTORS_MAX {
+        if let Ok((number, request)) = Request::decode(datagram, descriptors) {
+            assert_eq!(request.encode(number).as_deref(), Ok(datagram), "a request has two forms");
+        }
+        if let Ok((number, reply)) = Reply::decode(datagram, descriptors) {
+            assert_eq!(reply.encode(number).as_deref(), Ok(datagram), "a reply has two forms");
+        }
+        if let Ok(message) = InitMessage::from_bytes(datagram, descriptors) {
+            assert_eq!(&message.to_bytes()[..], datagram, "an init's message has two forms");
+        }
+    }
+}
+
 impl Request {
     /// The datagram of this request. An error names the bound that it breaks.
     pub fn encode(&self, number: u32) -> Result<Vec<u8>, CodecError> {
