@@ -167,10 +167,10 @@ impl Instances {
 
 /// From the keeper's record; the wait status is that of wait(2).
 pub(crate) fn report(record: ExitRecord, stderr_tail: Bytes) -> ExitReport {
-    let exit = match record.status {
+    let exit = match record.status.map(|status| (status & 0x7f, status >> 8 & 0xff)) {
         None => Exit::Lost,
-        Some(status) if status & 0x7f == 0 => Exit::Code((status >> 8 & 0xff) as u8),
-        Some(status) => Exit::Signal((status & 0x7f) as u8),
+        Some((0, code)) => Exit::Code(code as u8),
+        Some((signal, _)) => Exit::Signal(signal as u8),
     };
     let known = |value: u64| (value > 0).then_some(value);
     ExitReport {
@@ -195,7 +195,7 @@ mod tests {
         check(Some(3 << 8), Exit::Code(3));
         check(Some(255 << 8), Exit::Code(255));
         check(Some(9), Exit::Signal(9));
-        check(Some(11 | 0x80), Exit::Signal(11));
+        check(Some(0x8b), Exit::Signal(11));
         check(None, Exit::Lost);
     }
 

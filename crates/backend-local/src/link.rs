@@ -42,7 +42,7 @@ pub enum LinkError {
 }
 
 /// What the keeper says without being asked.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) enum Event {
     /// An instance is reaped.
     Exited(InstanceId, ExitRecord),
@@ -276,3 +276,6 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<R
 fn would_block(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::WouldBlock
 }
+
+#[cfg(test)]
+mod tests;

@@ -152,7 +152,7 @@ impl Pump {
                 }
             }
             let new = &buffer[before..];
-            let cost = new.len() + LINE_COST * new.iter().filter(|byte| **byte == b'\n').count();
+            let cost = new.len() + LINE_COST * new.split(|byte| *byte == b'\n').count();
             self.keep_tail(new);
             self.give_copy(new).await;
             let whole = match buffer.iter().rposition(|byte| *byte == b'\n') {

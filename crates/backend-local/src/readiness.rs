@@ -105,18 +105,17 @@ struct Probes<'a> {
 
 impl Probes<'_> {
     async fn attempt(&mut self, address: SocketAddr) -> io::Result<Option<Found>> {
-        let at = match self.held.iter().position(|(held, _)| *held == address) {
-            Some(at) => at,
-            None => {
-                let fd = loop {
-                    match self.sockets.take(&address) {
-                        Some(fd) => break fd,
-                        None => self.sockets.provide(&address).await?,
-                    }
-                };
-                self.held.push((address, fd));
-                self.held.len() - 1
-            }
+        let at = if let Some(at) = self.held.iter().position(|(held, _)| *held == address) {
+            at
+        } else {
+            let fd = loop {
+                match self.sockets.take(&address) {
+                    Some(fd) => break fd,
+                    None => self.sockets.provide(&address).await?,
+                }
+            };
+            self.held.push((address, fd));
+            self.held.len() - 1
         };
         match attempt(&self.held[at].1, &address)? {
             Attempt::Connected => Ok(Some(Found { address, connection: self.held.swap_remove(at).1 })),

@@ -92,11 +92,8 @@ impl Sockets {
         let mut state = self.lock();
         state.target = Some(target);
         // Those of the other family are only needed for a dialect that connects elsewhere.
-        if target.is_ipv4() {
-            state.v6.clear()
-        } else {
-            state.v4.clear()
-        }
+        let other = if target.is_ipv4() { &mut state.v6 } else { &mut state.v4 };
+        other.clear();
         if first.is_some() {
             state.first = first;
             let sockets = Arc::downgrade(self);

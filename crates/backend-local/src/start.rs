@@ -98,14 +98,14 @@ impl StartError {
 impl Shared {
     /// See the module.
     pub(crate) async fn start(self: &Arc<Self>, start: Start) -> Result<Started, StartError> {
-        let began = Instant::now();
+        let start_time = Instant::now();
         let Start { instance, revision: plan, stderr } = start;
         let revision = self.revisions.of(plan.revision);
         let sockets = (plan.plan.streams == StandardStreams::Log).then(|| Arc::new(Sockets::new(&self.link, instance)));
         let begun = self.instances.begin(instance, plan.plan.streams, plan.plan.stop_signal, sockets.clone());
         let exit = begun.exit.clone();
         let mut guard = Guard { shared: self, instance, sent: false, armed: true };
-        let steps = Steps { shared: self, instance, plan: &plan, revision: &revision, began };
+        let steps = Steps { shared: self, instance, plan: &plan, revision: &revision, start_time };
         match steps.run(begun, sockets, stderr, &mut guard.sent).await {
             Ok(started) => {
                 guard.armed = false;
@@ -163,7 +163,7 @@ struct Steps<'a> {
     instance: InstanceId,
     plan: &'a RevisionStart,
     revision: &'a Arc<Revision>,
-    began: Instant,
+    start_time: Instant,
 }
 
 /// Our ends of a command's standard streams.
@@ -183,6 +183,7 @@ impl Steps<'_> {
         let Begun { exit, captures } = begun;
         let (mut pair, answer, pipes) = self.request(sent).await?;
         let Answer { reply: Reply::Started { pid }, mut fds } = answer else { return Err(LinkError::Unexpected.into()) };
+        let made = self.start_time.elapsed();
         let mut streams = Vec::with_capacity(2);
         for (at, stream) in [Stream::Stderr, Stream::Stdout].into_iter().enumerate() {
             if let Some(pipe) = fds.take(at) {
@@ -194,13 +195,13 @@ impl Steps<'_> {
         // The receiver waits for the exit: it outlives this.
         drop(captures.send(streams));
         let mut phases = StartPhases::default();
-        phases.sandbox = self.executed(&mut pair, sockets.as_deref()).await?;
-        phases.exec = self.began.elapsed().saturating_sub(phases.sandbox);
+        phases.sandbox = self.executed(&mut pair, sockets.as_deref()).await?.unwrap_or(made);
+        phases.exec = self.start_time.elapsed().saturating_sub(phases.sandbox);
         let access = match (pipes, sockets) {
             (Some(CallPipes { stdin, stdout }), _) => Access::Streams { stdin, stdout },
             (None, Some(sockets)) => {
                 self.ready(&sockets, pid, exit.clone()).await?;
-                phases.ready = self.began.elapsed().saturating_sub(phases.sandbox + phases.exec);
+                phases.ready = self.start_time.elapsed().saturating_sub(phases.sandbox + phases.exec);
                 Access::Network(Arc::new(Connector(sockets)))
             }
             (None, None) => return Err(StartError::Protocol),
@@ -242,8 +243,8 @@ impl Steps<'_> {
         }
     }
 
-    /// Until the program is executed. The time at which the sandbox was there.
-    async fn executed(&self, pair: &mut InitPair, sockets: Option<&Sockets>) -> Result<Duration, StartError> {
+    /// Until the program is executed. The time at which the sockets came.
+    async fn executed(&self, pair: &mut InitPair, sockets: Option<&Sockets>) -> Result<Option<Duration>, StartError> {
         let mut sandbox = None;
         loop {
             let message = pair.next().await.map_err(|error| StartError::Io("the init's socket", error))?;
@@ -251,9 +252,9 @@ impl Steps<'_> {
                 Some((InitMessage::Sockets(counts), fds)) => {
                     let sockets = sockets.ok_or(StartError::Protocol)?;
                     sockets.add(counts, fds).map_err(|error| StartError::Io("taking sockets", error))?;
-                    sandbox = Some(self.began.elapsed());
+                    sandbox = Some(self.start_time.elapsed());
                 }
-                Some((InitMessage::Executed, _)) => return Ok(sandbox.unwrap_or_else(|| self.began.elapsed())),
+                Some((InitMessage::Executed, _)) => return Ok(sandbox),
                 Some((InitMessage::ExecFailed { step, errno }, _)) => {
                     let program = self.plan.plan.argv.first().cloned().unwrap_or_default();
                     return Err(StartError::Init { program, step, error: io::Error::from_raw_os_error(errno) });
@@ -274,7 +275,7 @@ impl Steps<'_> {
             pid,
             ports: if learned == 0 { &ports[1..] } else { &ports },
             own: &Descriptor::new(self.plan, None).own,
-            deadline: self.began + after,
+            deadline: self.start_time + after,
         };
         let found = tokio::select! {
             found = readiness::wait(sockets, &wanted) => found,

@@ -383,8 +383,9 @@ impl Keeper {
         let mut argv = self.settings.daemon.clone();
         argv.extend(["--listeners".into(), self.tcp.len().to_string().into()]);
         let argv: Vec<CString> = argv.iter().filter_map(|text| CString::new(text.as_bytes()).ok()).collect();
+        let data = self.data.mount_for_daemon()?;
         let birth = Birth {
-            data: &self.data.path,
+            data: data.as_fd(),
             user: self.user,
             argv: &argv,
             control: theirs.as_fd(),

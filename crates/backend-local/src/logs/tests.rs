@@ -97,7 +97,7 @@ async fn two_files_are_all_that_a_function_keeps() {
             Entry { slug: slug(), instance: instance(), stream: Stream::Stdout, time: SystemTime::now(), text: text.into() };
         assert!(logs.commands.send(Command::Write(entry)).await.is_ok(), "{number}");
     }
-    let wanted = 12_000;
+    let wanted = 10_000;
     assert_eq!(read(&logs, wanted).await.len(), wanted, "lines of both files");
     let bytes = bytes_in(directory.path());
     assert!(bytes > writer::FILE_BYTES_MAX && bytes < 2 * writer::FILE_BYTES_MAX + 100_000, "{bytes}");

@@ -13,11 +13,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
+use rustix::mount::OpenTreeFlags;
 use rustix::process::{Gid, Uid};
 
 use super::KeeperError;
+use crate::step::{StepError, at};
 
 /// The daemon's ids where the host has no user `funtainer`: above all that distributions give out, below those of functions.
 const DAEMON_ID: u32 = 0x6FFF_FF00;
@@ -97,6 +99,23 @@ impl DataDirectory {
         }
         let id = id(&path).map_err(fail)?;
         Ok(Self { path, id, layers, _lock: lock })
+    }
+
+    /// A mount of the directory for a new daemon to attach. Layers are committed through the same mount from now on: link(2) does not
+    /// lead from one mount to another, not even of one file system.
+    pub(super) fn mount_for_daemon(&mut self) -> Result<OwnedFd, StepError> {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let tree = rustix::mount::open_tree(rustix::fs::CWD, &self.path, flags).map_err(at("clone the data directory"))?;
+        let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let layers = rustix::fs::openat2(&tree, "store/layers", flags, Mode::empty(), beneath);
+        let identity = |fd: &OwnedFd| rustix::fs::fstat(fd).map(|found| (found.st_dev, found.st_ino));
+        match layers {
+            // `store` is the daemon's: a former one may have put another directory there. Then nothing more can be committed.
+            Ok(layers) if identity(&layers).is_ok_and(|found| identity(&self.layers) == Ok(found)) => self.layers = layers,
+            _ => {}
+        }
+        Ok(tree)
     }
 }
 
