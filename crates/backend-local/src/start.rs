@@ -183,6 +183,7 @@ impl Steps<'_> {
         let Begun { exit, captures } = begun;
         let (mut pair, answer, pipes) = self.request(sent).await?;
         let Answer { reply: Reply::Started { pid }, mut fds } = answer else { return Err(LinkError::Unexpected.into()) };
+        let made = self.start_time.elapsed();
         let mut streams = Vec::with_capacity(2);
         for (at, stream) in [Stream::Stderr, Stream::Stdout].into_iter().enumerate() {
             if let Some(pipe) = fds.take(at) {
@@ -194,7 +195,7 @@ impl Steps<'_> {
         // The receiver waits for the exit: it outlives this.
         drop(captures.send(streams));
         let mut phases = StartPhases::default();
-        phases.sandbox = self.executed(&mut pair, sockets.as_deref()).await?;
+        phases.sandbox = self.executed(&mut pair, sockets.as_deref()).await?.unwrap_or(made);
         phases.exec = self.start_time.elapsed().saturating_sub(phases.sandbox);
         let access = match (pipes, sockets) {
             (Some(CallPipes { stdin, stdout }), _) => Access::Streams { stdin, stdout },
@@ -242,8 +243,8 @@ impl Steps<'_> {
         }
     }
 
-    /// Until the program is executed. The time at which the sandbox was there.
-    async fn executed(&self, pair: &mut InitPair, sockets: Option<&Sockets>) -> Result<Duration, StartError> {
+    /// Until the program is executed. The time at which the sockets came.
+    async fn executed(&self, pair: &mut InitPair, sockets: Option<&Sockets>) -> Result<Option<Duration>, StartError> {
         let mut sandbox = None;
         loop {
             let message = pair.next().await.map_err(|error| StartError::Io("the init's socket", error))?;
@@ -253,7 +254,7 @@ impl Steps<'_> {
                     sockets.add(counts, fds).map_err(|error| StartError::Io("taking sockets", error))?;
                     sandbox = Some(self.start_time.elapsed());
                 }
-                Some((InitMessage::Executed, _)) => return Ok(sandbox.unwrap_or_else(|| self.start_time.elapsed())),
+                Some((InitMessage::Executed, _)) => return Ok(sandbox),
                 Some((InitMessage::ExecFailed { step, errno }, _)) => {
                     let program = self.plan.plan.argv.first().cloned().unwrap_or_default();
                     return Err(StartError::Init { program, step, error: io::Error::from_raw_os_error(errno) });

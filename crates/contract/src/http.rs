@@ -21,6 +21,9 @@ pub use head::strip_hop_by_hop;
 use crate::{Answer, AnswerBody, BodyError, Call, CallBody, Connect, InvokeError};
 use pool::{Lease, Pool};
 
+/// New connections that one call tries: the first may have waited since the instance was found ready, and be stale as well.
+const OPENED_MAX: u32 = 2;
+
 /// Speaks HTTP/1.1 to one instance. Clones share their connections; with the last one idle connections are closed.
 #[derive(Clone)]
 pub struct Client {
@@ -45,13 +48,16 @@ impl Client {
             Err(InvokeError::NotDelivered { call: Box::new(Call { id, request }), source })
         };
         head::rewrite_request(&mut request);
+        let mut opened = 0;
         loop {
-            let (mut lease, fresh) = match self.pool.idle() {
-                Some(lease) => (lease, false),
-                None => match self.pool.open().await {
-                    Ok(lease) => (lease, true),
+            let mut lease = if let Some(lease) = self.pool.idle() {
+                lease
+            } else {
+                opened += 1;
+                match self.pool.open().await {
+                    Ok(lease) => lease,
                     Err(error) => return not_delivered(request, error),
-                },
+                }
             };
             match lease.try_send(request).await {
                 Ok(response) if response.status() == StatusCode::SWITCHING_PROTOCOLS => {
@@ -64,7 +70,9 @@ impl Client {
                     return Ok(Answer { response: response.map(|body| AnswerBody::upstream(Upstream::new(body, lease))) });
                 }
                 Err(mut failed) => match failed.take_message() {
-                    Some(message) if fresh => return not_delivered(message, io::Error::other(failed.into_error())),
+                    Some(message) if opened == OPENED_MAX => {
+                        return not_delivered(message, io::Error::other(failed.into_error()));
+                    }
                     Some(message) => request = message,
                     None => return Err(broken(failed.into_error())),
                 },

@@ -262,8 +262,17 @@ impl Keeper {
         for missing in cgroups.missing() {
             (settings.log)(&format!("control groups here have no {missing}: instances run without it"));
         }
-        let Tcp { address, sockets: tcp } = listen::tcp(settings.listen)?;
-        let admin = listen::admin(&settings.admin)?;
+        let (Tcp { address, sockets: tcp }, admin) =
+            match listen::tcp(settings.listen).and_then(|tcp| Ok((tcp, listen::admin(&settings.admin)?))) {
+                Ok(listening) => listening,
+                Err(error) => {
+                    // Both errors are told: the first is the one to act on.
+                    if let Err(left) = cgroups.close() {
+                        (settings.log)(&format!("a control group remains: {left}"));
+                    }
+                    return Err(error);
+                }
+            };
         // SAFETY: one thread, as was checked, which keeps no pointer into its arguments or environment.
         let title = unsafe { Title::prepare() }?;
         // SAFETY: as above; arguments were read by who called `run`.

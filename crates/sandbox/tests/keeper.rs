@@ -139,6 +139,8 @@ fn one_data_directory_and_one_admin_socket_have_one_keeper() {
     let (code, error) = second(&server.admin, other.path());
     assert_eq!(code, Some(1));
     assert!(error.contains("another server answers"), "{error}");
+    let id = fs::read_to_string(other.path().join("id")).unwrap();
+    assert_eq!(harness::cgroups(&id), Vec::<std::path::PathBuf>::new(), "a failed start leaves nothing");
     drop(client);
 }
 

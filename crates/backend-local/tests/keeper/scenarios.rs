@@ -218,8 +218,8 @@ async fn commands(backend: &Arc<LocalBackend>) -> Result<()> {
     let failed = invoke(backend, &command("fails", &["sh", "-c", "echo sorry >&2; exit 4"]), "").await?;
     let Err(InvokeError::CommandFailed { exit: Exit::Code(4), stderr_tail, .. }) = failed else { bail!("it fails with 4") };
     ensure!(stderr_tail == "sorry\n", "{stderr_tail:?}");
-    let memory = invoke(backend, &command("memory", &["sh", "-c", "head -c 200000000 /dev/zero > /dev/shm/x"]), "").await?;
-    ensure!(memory.is_err(), "more than its memory");
+    let memory = invoke(backend, &command("memory", &["sh", "-c", "exec head -c 200000000 /dev/zero > /x"]), "").await?;
+    let Err(InvokeError::CommandFailed { out_of_memory: true, .. }) = memory else { bail!("more than its memory") };
     let failure = plan_of(backend, &command("missing", &["nothing"]).spec).await.err().context("it is refused")?;
     ensure!(failure.code.as_str() == "command-not-found");
     Ok(())
