@@ -110,14 +110,24 @@ pub(crate) fn request(method: Method, path: &str, body: Option<&impl Serialize>)
 
 /// The answer, unless the platform reports a failure.
 pub(crate) async fn checked(answer: Response<Incoming>) -> anyhow::Result<Response<Incoming>> {
-    let is_problem = answer.headers().get(CONTENT_TYPE).is_some_and(|media_type| media_type == PROBLEM_JSON);
-    if is_problem && answer.headers().contains_key(ERROR_CODE) {
-        let problem: Problem =
-            serde_json::from_slice(&whole(answer).await?).context("the server answered with an error of another version")?;
-        return Err(Failed(problem).into());
+    if answer.headers().contains_key(ERROR_CODE) {
+        return Err(failure(answer).await);
     }
     anyhow::ensure!(answer.status().as_u16() < 400, "the server answered with status {}", answer.status());
     Ok(answer)
+}
+
+/// The failure that the platform reports with this answer.
+pub(crate) async fn failure(answer: Response<Incoming>) -> anyhow::Error {
+    let is_problem = answer.headers().get(CONTENT_TYPE).is_some_and(|media_type| media_type == PROBLEM_JSON);
+    match whole(answer).await {
+        Err(error) => error,
+        Ok(body) => match serde_json::from_slice::<Problem>(&body) {
+            Ok(problem) if is_problem => Failed(problem).into(),
+            // Asked for as text, or of another version.
+            _ => anyhow::anyhow!("{}", String::from_utf8_lossy(&body).trim().trim_start_matches("error: ").to_owned()),
+        },
+    }
 }
 
 async fn whole(answer: Response<Incoming>) -> anyhow::Result<Bytes> {

@@ -3,6 +3,7 @@
 use std::io;
 
 use funtainer_gateway::Problem;
+use funtainer_sandbox::keeper::KeeperError;
 use serde_json::json;
 
 use crate::args::{Host, Output};
@@ -42,7 +43,10 @@ impl NotRunning {
 /// The text of a failure for standard error, without a line end.
 pub(crate) fn said(error: &anyhow::Error, output: Output) -> String {
     let problem = error.downcast_ref::<Failed>().map(|Failed(problem)| problem);
-    let hint = error.downcast_ref::<NotRunning>().map(NotRunning::hint);
+    let hint = error
+        .downcast_ref::<NotRunning>()
+        .map(NotRunning::hint)
+        .or_else(|| error.downcast_ref::<KeeperError>().and_then(hint_for_keeper));
     match output {
         Output::Json => {
             let value = match problem {
@@ -54,9 +58,20 @@ pub(crate) fn said(error: &anyhow::Error, output: Output) -> String {
         }
         Output::Text => match (problem, hint) {
             (Some(problem), _) => format!("error[{}]: {}\nhint: {}", problem.code, problem.detail, problem.hint),
-            (None, Some(hint)) => format!("error: {error}\nhint: {hint}"),
+            (None, Some(hint)) => format!("error: {}\nhint: {hint}", chain(error)),
             (None, None) => format!("error: {}", chain(error)),
         },
+    }
+}
+
+fn hint_for_keeper(error: &KeeperError) -> Option<&'static str> {
+    match error {
+        KeeperError::Listen { .. } => Some("choose another address with --listen; port 0 picks a free one"),
+        KeeperError::AdminInUse { .. } => Some("stop that server, or choose another socket with --admin"),
+        KeeperError::Locked { .. } => Some("stop that server, or choose another directory with --data"),
+        KeeperError::Data { .. } | KeeperError::Foreign { .. } => Some("choose another directory with --data"),
+        KeeperError::Admin { .. } => Some("choose another place with --admin"),
+        _ => None,
     }
 }
 

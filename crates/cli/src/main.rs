@@ -28,7 +28,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) if error.is::<OutputClosed>() => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{}", failure::said(&error, output));
+            streams::error_line(&failure::said(&error, output));
             if is_run { commands::exit_of(&error).into() } else { ExitCode::FAILURE }
         }
     }

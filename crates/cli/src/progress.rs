@@ -29,6 +29,14 @@ impl Show {
         }
     }
 
+    /// For a command whose standard error is somebody else's: a terminal's line is gone again before that begins.
+    pub(crate) fn only_live(quiet: bool) -> Self {
+        match Self::new(quiet) {
+            Self::Lines(_) => Self::Quiet,
+            show => show,
+        }
+    }
+
     /// Says a step.
     pub(crate) fn step(&mut self, step: &Progress) {
         let text = match self {

@@ -16,6 +16,11 @@ pub(crate) fn line(text: &str) -> anyhow::Result<()> {
     closed_is_known(writeln!(stdout, "{text}").and_then(|()| stdout.flush()))
 }
 
+/// Writes a line to standard error. Nobody need read it.
+pub(crate) fn error_line(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
 /// Writes JSON, indented, with a line end.
 pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     line(&serde_json::to_string_pretty(value)?)

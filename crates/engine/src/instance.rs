@@ -26,7 +26,7 @@ pub enum InstanceState {
     Starting,
     /// It takes calls.
     Ready,
-    /// It takes calls, had none for the whole idle timeout, and stays because of `min`.
+    /// It takes calls, had none for the whole idle timeout when it was last looked at, and stays because of `min`.
     Idle,
     /// It takes no new calls, finishes those it has, and ends.
     Draining,

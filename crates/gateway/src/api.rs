@@ -17,10 +17,11 @@ use tower_service::Service;
 
 use crate::body::Body;
 use crate::rescue::{Occasion, Reader, Rescue};
+use crate::server::Stopping;
 
 /// All APIs. `calls` is where functions are called by TCP.
-pub(crate) fn router(engine: Arc<Engine>, calls: Option<SocketAddr>) -> Router {
-    native::router(engine, calls)
+pub(crate) fn router(engine: Arc<Engine>, calls: Option<SocketAddr>, stopping: Stopping) -> Router {
+    native::router(engine, calls, stopping)
 }
 
 /// Answers a request to the admin socket that is no call.

@@ -5,6 +5,7 @@ use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use funtainer_contract::AnswerBody;
+use funtainer_model::CallId;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use tokio::time::{Instant, Sleep};
 
@@ -38,6 +39,7 @@ enum Source {
 }
 
 struct Function {
+    call: CallId,
     body: AnswerBody,
     deadline: Instant,
     /// Made once the function lets the caller wait.
@@ -51,8 +53,8 @@ impl Body {
     }
 
     /// A function's, broken off at the end of the call's time.
-    pub(crate) fn function(body: AnswerBody, deadline: Instant) -> Self {
-        Self { source: Source::Function(Box::new(Function { body, deadline, timer: None })), busy: None }
+    pub(crate) fn function(call: CallId, body: AnswerBody, deadline: Instant) -> Self {
+        Self { source: Source::Function(Box::new(Function { call, body, deadline, timer: None })), busy: None }
     }
 
     /// An own one's.
@@ -106,9 +108,15 @@ impl HttpBody for Body {
 impl Function {
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyBroken>>> {
         if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
-            return Poll::Ready(frame.map(|frame| frame.map_err(BodyBroken::from)));
+            return Poll::Ready(frame.map(|frame| frame.map_err(|error| self.broken(error.into()))));
         }
         let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(self.deadline)));
-        timer.as_mut().poll(cx).map(|()| Some(Err(BodyBroken::Timeout)))
+        timer.as_mut().poll(cx).map(|()| Some(Err(self.broken(BodyBroken::Timeout))))
+    }
+
+    /// The head is gone: the log is the only place left to say why.
+    fn broken(&self, error: BodyBroken) -> BodyBroken {
+        tracing::warn!(call = %self.call, error = &error as &dyn std::error::Error, "an answer is broken off");
+        error
     }
 }

@@ -98,12 +98,13 @@ async fn dispatch(
     id: CallId,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, (Rescue, Occasion)> {
-    let path = request.uri().path();
+    // Shares its bytes with the request's.
+    let uri = request.uri().clone();
+    let path = uri.path();
     if let Some(rest) = path.strip_prefix(FUNCTION_PREFIX) {
         let name_end = rest.find('/').unwrap_or(rest.len());
         if name_end > 0 {
             let name = percent_decoded(&rest[..name_end]).map_err(|failure| (failure.into(), Occasion::Call))?;
-            let name = name.into_owned();
             return call(gateway, door, id, &name, FUNCTION_PREFIX.len() + name_end, request)
                 .await
                 .map_err(|rescue| (rescue, Occasion::Call));
@@ -145,7 +146,7 @@ async fn call(
             if let Some(cold) = cold {
                 headers.append(SERVER_TIMING, server_timing(&cold));
             }
-            Ok(response.map(|body| Body::function(body, deadline)))
+            Ok(response.map(|body| Body::function(id, body, deadline)))
         }
         Err(error) => {
             let rescue = Rescue::from(&error);

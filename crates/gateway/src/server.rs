@@ -62,11 +62,15 @@ enum Stop {
     Until(Instant),
 }
 
+/// Tells answers without an end that the gateway stops.
+#[derive(Debug, Clone)]
+pub(crate) struct Stopping(watch::Receiver<Stop>);
+
 /// Starts to serve calls on `listeners` and everything on `admin`.
 pub fn serve(engine: Arc<Engine>, listeners: Vec<StdTcpListener>, admin: StdUnixListener) -> io::Result<Server> {
     let calls = listeners.first().map(StdTcpListener::local_addr).transpose()?;
-    let gateway = Arc::new(Gateway { api: api::router(Arc::clone(&engine), calls), engine });
     let (stop, stopped) = watch::channel(Stop::Not);
+    let gateway = Arc::new(Gateway { api: api::router(Arc::clone(&engine), calls, Stopping(stopped.clone())), engine });
     admin.set_nonblocking(true)?;
     let admin = tokio::spawn(accept_loop(UnixListener::from_std(admin)?, Arc::clone(&gateway), stopped.clone()));
     let mut threads = Vec::with_capacity(listeners.len());
@@ -101,6 +105,13 @@ impl Server {
         if threads.await.is_err() || self.admin.await.is_err() {
             tracing::error!("the gateway's end has panicked");
         }
+    }
+}
+
+impl Stopping {
+    /// Waits until the gateway is to stop.
+    pub(crate) async fn begun(&mut self) {
+        Stop::deadline(&mut self.0).await;
     }
 }
 

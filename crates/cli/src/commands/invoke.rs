@@ -40,8 +40,7 @@ pub(super) async fn invoke(host: &Host, form: Output, invoke: Invoke) -> anyhow:
     request.headers_mut().insert(TE, HeaderValue::from_static("trailers"));
     let answer = client::send(host, request).await?;
     if answer.headers().contains_key(ERROR_CODE) {
-        client::checked(answer).await?;
-        anyhow::bail!("the server reported a failure in an unknown form");
+        return Err(client::failure(answer).await);
     }
     if invoke.include {
         streams::line(&head(&answer))?;
@@ -52,7 +51,7 @@ pub(super) async fn invoke(host: &Host, form: Output, invoke: Invoke) -> anyhow:
         return Ok(ExitCode::SUCCESS);
     }
     let text = format!("the function answered with status {status}");
-    eprintln!("{}", crate::failure::said(&anyhow::anyhow!(text), form));
+    streams::error_line(&crate::failure::said(&anyhow::anyhow!(text), form));
     Ok(ExitCode::FAILURE)
 }
 

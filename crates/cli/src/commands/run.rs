@@ -49,7 +49,7 @@ pub(super) async fn run(host: &Host, run: Run) -> anyhow::Result<ExitCode> {
         // Kept open: closing it would end the command.
         std::future::pending::<()>().await;
     });
-    let end = receive(FrameReader::new(&[], reader), Show::new(run.quiet)).await;
+    let end = receive(FrameReader::new(&[], reader), Show::only_live(run.quiet)).await;
     input.abort();
     ended(end?)
 }
@@ -98,11 +98,8 @@ fn ended(end: RunEnd) -> anyhow::Result<ExitCode> {
         RunEnd::Code(code) => code.into(),
         RunEnd::Signal(signal) => EXIT_SIGNAL.saturating_add(signal).into(),
         RunEnd::OutOfMemory => {
-            eprintln!(
-                "error[{}]: the command used more memory than it may\nhint: {}",
-                ErrorCode::OutOfMemory,
-                ErrorCode::OutOfMemory.hint()
-            );
+            let code = ErrorCode::OutOfMemory;
+            streams::error_line(&format!("error[{code}]: the command used more memory than it may\nhint: {}", code.hint()));
             (EXIT_SIGNAL + KILL).into()
         }
     })

@@ -1,7 +1,7 @@
 //! Calls: warm and cold, queue and its ends, failures, commands.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use funtainer_contract::{Call, CallBody, Exit, InvokeError};
@@ -271,4 +271,47 @@ fn calls_can_move_between_threads() {
     let _ = make;
     let undelivered = InvokeError::NotDelivered { call: Box::new(get("/")), source: std::io::ErrorKind::Other.into() };
     check(&undelivered);
+}
+
+/// The gateway's way: callers on runtimes of one thread each, the engine's own work on another one, in real time.
+#[test]
+fn callers_on_many_runtimes_see_deploys_and_scales_but_no_failure() {
+    const CALLERS: usize = 3;
+    const CALLS: usize = 400;
+    let work = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let bench = work.block_on(Bench::new());
+    let spec = || with(http("f"), |spec| spec.scale.concurrency = 2.try_into().unwrap());
+    work.block_on(bench.deploy(spec())).unwrap();
+    let left = Arc::new(AtomicUsize::new(CALLERS));
+    let threads: Vec<_> = (0..CALLERS)
+        .map(|_| {
+            let (engine, left) = (bench.engine.clone(), left.clone());
+            std::thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                runtime.block_on(async {
+                    let caller = async || {
+                        for _ in 0..CALLS {
+                            text(engine.invoke("f", get("/")).await.unwrap()).await;
+                        }
+                    };
+                    tokio::join!(caller(), caller(), caller());
+                });
+                left.fetch_sub(1, Ordering::SeqCst);
+            })
+        })
+        .collect();
+    work.block_on(async {
+        while left.load(Ordering::SeqCst) > 0 {
+            bench.deploy(spec()).await.unwrap();
+            bench.engine.scale(&id("f"), 3).await.unwrap();
+            bench.engine.scale(&id("f"), 0).await.unwrap();
+        }
+    });
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    work.block_on(async {
+        bench.engine.drain(seconds(10)).await;
+        assert_eq!(bench.fake.alive(), 0);
+    });
 }

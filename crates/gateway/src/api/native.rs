@@ -46,6 +46,7 @@ use tokio::sync::mpsc;
 use super::Failed;
 use crate::rescue::{Occasion, Problem};
 use crate::route::shown;
+use crate::server::Stopping;
 use types::image_ref;
 
 pub use types::{
@@ -72,7 +73,7 @@ type Context = State<Arc<Engine>>;
 #[derive(Debug, Clone)]
 struct CallsUrl(Option<String>);
 
-pub(super) fn router(engine: Arc<Engine>, calls: Option<SocketAddr>) -> Router {
+pub(super) fn router(engine: Arc<Engine>, calls: Option<SocketAddr>, stopping: Stopping) -> Router {
     Router::new()
         .route("/version", get(version))
         .route("/functions", get(list).post(deploy))
@@ -86,6 +87,7 @@ pub(super) fn router(engine: Arc<Engine>, calls: Option<SocketAddr>) -> Router {
         .fallback(unknown_path)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(Extension(CallsUrl(calls.map(|address| format!("http://{}", reachable(address))))))
+        .layer(Extension(stopping))
         .with_state(engine)
 }
 
@@ -121,11 +123,19 @@ async fn scale(State(engine): Context, Name(name): Name, request: Request) -> An
     Ok(json(&Function::from(engine.scale(&id, instances).await?)))
 }
 
-async fn logs(State(engine): Context, Name(name): Name, uri: Uri) -> Answer {
+async fn logs(State(engine): Context, Extension(stopping): Extension<Stopping>, Name(name): Name, uri: Uri) -> Answer {
     let id = engine.find(&name)?;
     let LogsQuery { tail, follow } = query(&uri)?;
     let lines = engine.logs(&id, tail.unwrap_or(LOG_LINES_DEFAULT), follow).await?;
-    let lines = stream::unfold(lines, |mut lines| async { lines.recv().await.map(|bytes| (Ok::<_, io::Error>(bytes), lines)) });
+    // Whoever follows would hold the gateway's end up for ever.
+    let lines = stream::unfold((lines, stopping), |(mut lines, mut stopping)| async {
+        let bytes = tokio::select! {
+            biased;
+            bytes = lines.recv() => bytes?,
+            () = stopping.begun() => return None,
+        };
+        Some((Ok::<_, io::Error>(bytes), (lines, stopping)))
+    });
     let mut response = Response::new(Body::from_stream(lines));
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     Ok(response)

@@ -96,6 +96,7 @@ pub(super) async fn serve<S: Stream>(
         Pin::new(&mut connection).poll(cx)
     })
     .await;
+    let end_is_parse_error = matches!(&end, Err(error) if error.is_parse());
     let parts = connection.into_parts();
     let (mut stream, held_back, eof) = parts.io.into_inner().into_parts();
     match end {
@@ -116,7 +117,9 @@ pub(super) async fn serve<S: Stream>(
             return;
         }
     }
-    if stream.shutdown().await.is_ok() && !eof {
+    // A connection that ends because the server does has been quiet, or its last request was answered.
+    let answered_early = !stopping || end_is_parse_error;
+    if stream.shutdown().await.is_ok() && !eof && answered_early {
         let rest = async { tokio::io::copy(&mut stream.take(LINGER_BYTES_MAX), &mut tokio::io::sink()).await };
         let _ = tokio::time::timeout(LINGER_TIME, rest).await;
     }

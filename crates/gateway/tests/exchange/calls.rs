@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::time::Instant;
 
 use insta::assert_snapshot;
 
@@ -14,6 +15,18 @@ fn running(functions: &[(&str, &str)]) -> Running {
         running.deploy(&format!(r#"{{"name":"{name}","image":"localhost/fake/{image}:1"{more}}}"#));
     }
     running
+}
+
+/// Calls again and again until the status comes.
+fn until(running: &Running, call: &str, status: u16) -> String {
+    let started = Instant::now();
+    loop {
+        let answer = running.calls(call);
+        if answer.starts_with(&format!("HTTP/1.1 {status} ")) {
+            return answer;
+        }
+        assert!(started.elapsed() < DEADLINE, "{answer}");
+    }
 }
 
 #[test]
@@ -88,10 +101,7 @@ fn a_full_queue_says_when_to_come_again() {
     let mut first = TcpStream::connect(running.address).unwrap();
     first.set_read_timeout(Some(DEADLINE)).unwrap();
     first.write_all(b"GET /function/silent HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
-    let refused = (0..)
-        .map(|_| running.calls("GET /function/silent HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"))
-        .find(|answer| answer.starts_with("HTTP/1.1 429 "))
-        .unwrap();
+    let refused = until(&running, "GET /function/silent HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 429);
     assert_snapshot!("queue_full", refused);
 }
 
@@ -111,4 +121,46 @@ fn a_body_is_asked_for_before_it_is_sent() {
     stream.read_to_string(&mut answer).unwrap();
     let answer = tamed(&answer);
     assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.ends_with("\n\nbody\n") && !answer.contains("expect"), "{answer}");
+}
+
+#[test]
+fn an_answer_is_broken_off_when_its_time_is_over() {
+    let running = running(&[("half", r#","timeout":"200ms""#)]);
+    let answer = running.calls("GET /function/half HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert!(answer.starts_with("HTTP/1.1 200 OK\ncontent-length: 10\n") && answer.ends_with("\n\nhalf\n"), "{answer}");
+}
+
+#[test]
+fn a_client_that_goes_away_ends_its_call() {
+    let running = running(&[("silent", r#","max":1,"concurrency":1,"queue":0,"timeout":"2s""#)]);
+    let call = "GET /function/silent HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    let gone = TcpStream::connect(running.address).unwrap();
+    (&gone).write_all(call.as_bytes()).unwrap();
+    until(&running, call, 429);
+    drop(gone);
+    // Its slot is free again: this call is not refused, and waits for its own time.
+    until(&running, call, 504);
+}
+
+#[test]
+fn a_call_in_flight_is_finished_when_the_server_stops() {
+    let mut running = running(&[("echo", "")]);
+    let mut stream = TcpStream::connect(running.address).unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    let head = "POST /function/echo HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 4\r\n\r\n";
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.read_exact(&mut [0; 25]).unwrap();
+    let server = running.server.take().unwrap();
+    running.runtime.block_on(async {
+        let drained = server.drain(DEADLINE);
+        let answered = tokio::task::spawn_blocking(move || {
+            stream.write_all(b"body").unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            answer
+        });
+        let (answer, ()) = tokio::join!(answered, drained);
+        let answer = answer.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.ends_with("\n\nbody"), "{answer}");
+    });
 }

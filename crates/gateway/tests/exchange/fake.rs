@@ -76,10 +76,13 @@ impl Backend for FakeBackend {
         Box::pin(async { Ok(Vec::new()) })
     }
 
-    fn logs(&self, _: &FunctionId, lines: usize, _follow: bool) -> BoxFuture<'_, Result<mpsc::Receiver<Bytes>, Failure>> {
+    fn logs(&self, _: &FunctionId, lines: usize, follow: bool) -> BoxFuture<'_, Result<mpsc::Receiver<Bytes>, Failure>> {
         Box::pin(async move {
             let (sender, receiver) = mpsc::channel(4);
             let _ = sender.try_send(Bytes::from(format!("the last of {lines} lines\n")));
+            if follow {
+                tokio::spawn(async move { sender.closed().await });
+            }
             Ok(receiver)
         })
     }
@@ -157,6 +160,10 @@ async fn server(program: String, mut stream: TcpStream) {
         }
         let answer = match program.as_str() {
             "/bin/silent" => return std::future::pending().await,
+            "/bin/half" => {
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf").await;
+                return std::future::pending().await;
+            }
             "/bin/garbage" => "I speak no HTTP\r\n\r\n".to_owned(),
             "/bin/liar" => {
                 "HTTP/1.1 200 OK\r\nConnection: x-hop\r\nX-Hop: 1\r\nKeep-Alive: timeout=5\r\nX-Call-Id: mine\r\nX-Funtainer-Error: internal\r\nContent-Length: 2\r\n\r\nhi".to_owned()

@@ -115,3 +115,22 @@ fn a_client_of_a_run_that_misbehaves_is_cut() {
     let frames = run(&running, r#"{"image":"localhost/fake/cat"}"#, &[Frame::Stdout(Bytes::from_static(b"not yours"))]);
     assert_eq!(frames, []);
 }
+
+#[test]
+fn whoever_follows_a_log_does_not_hold_the_server() {
+    let mut running = Running::start();
+    running.deploy(r#"{"name":"f","image":"localhost/fake/echo:1"}"#);
+    let mut stream = UnixStream::connect(&running.admin).unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    stream.write_all(b"GET /functions/f/logs?follow=true HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    let mut first = [0; 12];
+    stream.read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"HTTP/1.1 200");
+    let server = running.server.take().unwrap();
+    let started = std::time::Instant::now();
+    running.runtime.block_on(server.drain(DEADLINE));
+    assert!(started.elapsed() < DEADLINE / 2);
+    let mut rest = String::new();
+    stream.read_to_string(&mut rest).unwrap();
+    assert!(rest.ends_with("0\r\n\r\n"), "{rest}");
+}
