@@ -2,8 +2,7 @@
 //!
 //! Runs in the forked child, which is a process with one thread and may allocate. What the daemon sees: `/data` (the data directory), `/etc`
 //! and `/usr` read-only (names, certificates, time zones), the directory that `/etc/resolv.conf` points into, `/proc`, `/dev/null`,
-//! `/dev/random` and `/dev/urandom` (without dynamic linking some libraries find no getrandom(3) and read these). Its program is the keeper's
-//! own, by `/proc/self/exe`: no directory on the way to it need be open to it.
+//! `/dev/random`, `/dev/urandom`. Its program is the keeper's own, by `/proc/self/exe`: no directory on the way to it need be open to it.
 
 use std::ffi::{CStr, CString};
 use std::fs;
@@ -30,7 +29,8 @@ const WAITING: i32 = 256;
 
 /// What a daemon is made from.
 pub(super) struct Birth<'a> {
-    pub(super) data: &'a Path,
+    /// A detached mount of the data directory.
+    pub(super) data: BorrowedFd<'a>,
     pub(super) user: DaemonUser,
     /// The whole command line.
     pub(super) argv: &'a [CString],
@@ -55,7 +55,6 @@ fn enter(birth: &Birth<'_>) -> Result<(), StepError> {
     mount::make_private()?;
     let mut trees = Vec::new();
     for (source, target, recursive) in [
-        (birth.data, Path::new("data"), false),
         (Path::new("/etc"), Path::new("etc"), false),
         (Path::new("/usr"), Path::new("usr"), true),
         (Path::new("/proc"), Path::new("proc"), true),
@@ -70,10 +69,12 @@ fn enter(birth: &Birth<'_>) -> Result<(), StepError> {
     let tmpfs = Tmpfs { size_bytes: ROOT_BYTES, uid: 0, gid: 0, mode: 0o755, attributes: INERT };
     let root = mount::tmpfs(&tmpfs)?;
     mount::attach(root.as_fd(), open_path(c"/sys")?.as_fd())?;
+    mount::attach(birth.data, make_path(root.as_fd(), Path::new("data"))?.as_fd())?;
     for (tree, target) in trees {
         mount::attach(tree.as_fd(), make_path(root.as_fd(), &target)?.as_fd())?;
     }
     let (host, dev) = (open_path(c"/dev")?, make_path(root.as_fd(), Path::new("dev"))?);
+    // A static program cannot look the libc's getrandom up: `random` is read once, to know that there is entropy, then `urandom`.
     for name in [c"null", c"random", c"urandom"] {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::CLOEXEC;
         rustix::fs::openat(&dev, name, flags, Mode::from_raw_mode(0o666)).map_err(at("make a file for a device"))?;

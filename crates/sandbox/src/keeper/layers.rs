@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::{Rc, Weak};
 
 use funtainer_model::LayerId;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::mount;
@@ -79,10 +79,7 @@ impl Layers {
 ///
 /// The daemon may still try to keep a writer: the lease proves that there is none, the change of owner forbids new ones, and the second
 /// look at the lease catches who came between.
-///
-/// `daemon` is the process whose file it is: linkat(2) does not lead from one mount into another, and the daemon sees the data directory
-/// on a mount of its own, so that the link is made there.
-pub(super) fn commit(store: BorrowedFd<'_>, daemon: i32, layer: LayerId, file: &OwnedFd) -> Result<(), Refusal> {
+pub(super) fn commit(store: BorrowedFd<'_>, layer: LayerId, file: &OwnedFd) -> Result<(), Refusal> {
     let malformed = |text: &str| Refusal::Malformed(text.to_owned());
     let failed = |step| move |errno| refusal(StepError { step, errno });
     let name = layer.file_name();
@@ -102,11 +99,6 @@ pub(super) fn commit(store: BorrowedFd<'_>, daemon: i32, layer: LayerId, file: &
         &rustix::fs::open(format!("/proc/self/fd/{}", file.as_raw_fd()), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(failed("open a layer again"))?;
     check_superblock(file)?;
-    let target = store_as_seen_by(daemon).map_err(failed("find the store on the daemon's mount"))?;
-    let seen = rustix::fs::fstat(&target).map_err(failed("look at the store"))?;
-    if (seen.st_dev, seen.st_ino) != (directory.st_dev, directory.st_ino) {
-        return Err(malformed("the store was moved"));
-    }
     lease(file, libc::F_RDLCK).map_err(|errno| match errno {
         Errno::AGAIN => malformed("the layer still has a writer"),
         errno => refusal(StepError { step: "prove that a layer has no writer", errno }),
@@ -121,20 +113,13 @@ pub(super) fn commit(store: BorrowedFd<'_>, daemon: i32, layer: LayerId, file: &
             let whole = current_lease(file).is_ok_and(|kind| kind == libc::F_RDLCK) && lease(file, libc::F_RDLCK).is_ok();
             if whole { Ok(()) } else { Err(malformed("the layer got a writer")) }
         })
-        .and_then(|()| match rustix::fs::linkat(file, c"", &target, &*name, AtFlags::EMPTY_PATH) {
+        .and_then(|()| match rustix::fs::linkat(file, c"", store, &*name, AtFlags::EMPTY_PATH) {
             Ok(()) | Err(Errno::EXIST) => Ok(()),
             Err(errno) => Err(refusal(StepError { step: "link a layer into the store", errno })),
         });
     // Fails only if there is none any more.
     let _ = lease(file, libc::F_UNLCK);
     committed
-}
-
-/// The directory of the layers by the daemon's own root. The daemon could put something else there: what it is must be compared.
-fn store_as_seen_by(daemon: i32) -> Result<OwnedFd, Errno> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = rustix::fs::open(format!("/proc/{daemon}/root"), flags, Mode::empty())?;
-    rustix::fs::openat2(root, c"data/store/layers", flags, Mode::empty(), ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS)
 }
 
 /// Refuses what our writer never writes: the kernel's reader of compressed or chunked images need not be reachable for a daemon.

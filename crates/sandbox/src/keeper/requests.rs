@@ -52,9 +52,9 @@ impl Keeper {
             Request::List => self.list(from),
             Request::AcknowledgeExit { instance } => self.acknowledge(from, instance),
             Request::CommitLayer { layer } => {
-                let committed = match (descriptors.take(0), &self.daemon) {
-                    (Some(file), Some(daemon)) => commit(self.data.layers.as_fd(), daemon.pid, layer, &file),
-                    _ => Err(Refusal::Malformed("the layer's file is missing".to_owned())),
+                let committed = match descriptors.take(0) {
+                    Some(file) => commit(self.data.layers.as_fd(), layer, &file),
+                    None => Err(Refusal::Malformed("the layer's file is missing".to_owned())),
                 };
                 match committed {
                     Ok(()) => self.reply(from, &Reply::Done, &[]),
