@@ -150,7 +150,7 @@ impl Engine {
         shared.closing.store(true, Ordering::SeqCst);
         let now = Instant::now();
         let revisions = shared.revisions();
-        let settled = join_all(revisions.iter().map(|revision| revision.throttle.settled()));
+        let settled = join_all(revisions.iter().map(|revision| revision.settled()));
         if tokio::time::timeout_at(now + limit.mul_f32(DRAIN_SHARE_OF_CALLS), settled).await.is_err() {
             tracing::warn!("calls did not finish within the time to drain; they are broken off");
         }

@@ -26,7 +26,7 @@ pub enum InstanceState {
     Starting,
     /// It takes calls.
     Ready,
-    /// It takes calls, had none for the whole idle timeout, and stays because of `min`.
+    /// It takes calls, had none for the whole idle timeout when it was last looked at, and stays because of `min`.
     Idle,
     /// It takes no new calls, finishes those it has, and ends.
     Draining,
@@ -99,5 +99,40 @@ impl InstanceState {
 impl fmt::Display for InstanceState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{Change, InstanceState};
+
+    const CHANGES: [Change; 6] = [Change::Begin, Change::Ready, Change::Quiet, Change::Called, Change::Close, Change::Exited];
+
+    #[test]
+    fn the_happy_path() {
+        let path = [Change::Begin, Change::Ready, Change::Quiet, Change::Called, Change::Close, Change::Exited];
+        let end = path.iter().try_fold(InstanceState::Preparing, |state, change| state.after(*change));
+        assert_eq!(end, Some(InstanceState::Stopped));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_over_stays_over_and_everything_else_can_end(changes in proptest::collection::vec(0_usize..6, 0..40)) {
+            let mut state = InstanceState::Preparing;
+            for change in changes {
+                let Some(next) = state.after(CHANGES[change]) else { continue };
+                prop_assert!(!state.is_over());
+                // Once it takes no more calls it never does again.
+                prop_assert!(state != InstanceState::Draining || next == InstanceState::Stopped);
+                state = next;
+            }
+            if !state.is_over() {
+                let closed = state.after(Change::Close).unwrap_or(state);
+                let over = closed.is_over() || closed.after(Change::Exited).is_some_and(InstanceState::is_over);
+                prop_assert!(over, "{state}");
+            }
+        }
     }
 }

@@ -195,13 +195,13 @@ impl Attempt<'_> {
 
     /// A slot; `None` if the revision takes no calls any more.
     async fn slot(&self, admitted: bool) -> Result<Option<(Permit, Waited)>, InvokeFailure> {
-        let (function, limit) = (self.function.id.clone(), self.limit);
+        let function = || self.function.id.clone();
         match timeout_at(self.deadline(), self.revision.throttle.acquire(admitted)).await {
             Ok(Ok(granted)) => Ok(Some(granted)),
             Ok(Err(Refusal::Retired)) => Ok(None),
-            Ok(Err(Refusal::Full { waiting })) => Err(InvokeFailure::QueueFull { function, waiting }),
-            Ok(Err(Refusal::Failed(failure))) => Err(InvokeFailure::Start { function, failure }),
-            Err(_) => Err(InvokeFailure::QueueTimeout { function, limit }),
+            Ok(Err(Refusal::Full { waiting })) => Err(InvokeFailure::QueueFull { function: function(), waiting }),
+            Ok(Err(Refusal::Failed(failure))) => Err(InvokeFailure::Start { function: function(), failure }),
+            Err(_) => Err(InvokeFailure::QueueTimeout { function: function(), limit: self.limit }),
         }
     }
 

@@ -29,7 +29,7 @@ pub(crate) const STOP_GRACE: Duration = Duration::from_secs(10);
 /// The last failure of a function, for `describe`.
 pub(crate) type LastError = Arc<ArcSwapOption<Failure>>;
 
-/// What an owner is asked to do.
+/// What an owner is asked to do. The channel needs no bound: each command belongs to a request that waits, or to a call.
 pub(crate) enum Command {
     /// Have so many instances. Answered when those that were started are ready and those that were ended are reaped.
     Scale {
@@ -93,6 +93,8 @@ struct Owner {
     look_at: Option<Instant>,
     last_error: LastError,
     grace: Duration,
+    /// Whether the last one that could send a command is gone.
+    deserted: bool,
     views: watch::Sender<Vec<InstanceView>>,
 }
 
@@ -117,6 +119,8 @@ enum Happening {
     Exit(Key, ExitReport),
     Reaped(Key),
     Command(Command),
+    /// Nobody can reach this revision any more.
+    Deserted,
 }
 
 impl Owner {
@@ -136,6 +140,7 @@ impl Owner {
             look_at: None,
             last_error,
             grace: STOP_GRACE,
+            deserted: false,
             views,
         };
         for Adopted { instance, pid, connect, exit } in adopted {
@@ -172,7 +177,7 @@ impl Owner {
             Some((key, result)) = self.starts.next() => Happening::Start(key, result),
             Some((key, report)) = self.exits.next() => Happening::Exit(key, report),
             Some(key) = self.stops.next() => Happening::Reaped(key),
-            Some(command) = self.commands.recv() => Happening::Command(command),
+            command = self.commands.recv(), if !self.deserted => command.map_or(Happening::Deserted, Happening::Command),
             () = self.throttle.demand() => Happening::Look,
             () = time => Happening::Look,
         }
@@ -184,6 +189,10 @@ impl Owner {
             Happening::Start(key, result) => self.start_ended(key, result),
             Happening::Exit(key, report) => self.exited(key, &report),
             Happening::Reaped(key) => self.decide(Event::Reaped(key)),
+            Happening::Deserted => {
+                self.deserted = true;
+                self.decide(Event::Retire { drain_until: Instant::now() });
+            }
             Happening::Command(Command::Activate) => self.decide(Event::Activate),
             Happening::Command(Command::Unreachable(key)) => self.decide(Event::Unreachable(key)),
             Happening::Command(Command::Retire { drain_until, grace }) => {

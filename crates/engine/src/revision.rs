@@ -155,6 +155,14 @@ impl Revision {
         }
     }
 
+    /// Returns when no call waits or is in flight, and no command runs.
+    pub(crate) async fn settled(&self) {
+        self.throttle.settled().await;
+        if let Instances::PerCall(live) = &self.instances {
+            live.empty().await;
+        }
+    }
+
     /// Takes no more calls: those in flight have until `drain_until`, then instances get their stop signal and `grace`.
     /// Returns at once; the task that it returns ends when the last instance is reaped.
     pub(crate) fn retire(self: &Arc<Self>, ground: &Ground, drain_until: Instant, grace: Duration) -> JoinHandle<()> {

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use funtainer_model::{Contract, ErrorCode, Failure, FunctionId, FunctionSpec, RevisionId};
 use jiff::Timestamp;
+use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -56,8 +57,8 @@ impl Engine {
     pub async fn deploy(&self, spec: FunctionSpec, progress: ProgressSink) -> Result<FunctionView, Failure> {
         let shared = self.shared();
         let id = spec.id.clone();
-        let _turn = shared.turn(&id).await;
-        let result = deploy_in_turn(shared, spec, &progress).await;
+        let turn = shared.turn(&id).await;
+        let result = deploy_in_turn(shared, turn, spec, &progress).await;
         if let Err(failure) = &result
             && let Some(function) = shared.routes.load().get(&id)
         {
@@ -90,7 +91,12 @@ impl Engine {
     }
 }
 
-async fn deploy_in_turn(shared: &Arc<Shared>, spec: FunctionSpec, progress: &ProgressSink) -> Result<FunctionView, Failure> {
+async fn deploy_in_turn(
+    shared: &Arc<Shared>,
+    turn: OwnedMutexGuard<()>,
+    spec: FunctionSpec,
+    progress: &ProgressSink,
+) -> Result<FunctionView, Failure> {
     shared.open_for_work()?;
     let id = spec.id.clone();
     check_name(shared, &id)?;
@@ -106,6 +112,10 @@ async fn deploy_in_turn(shared: &Arc<Shared>, spec: FunctionSpec, progress: &Pro
     let shared = Arc::clone(shared);
     let runtime = shared.ground.runtime.clone();
     let carried = runtime.spawn(async move {
+        // Held to the end, also where nobody waits for it.
+        let _turn = turn;
+        // A drain that began meanwhile would not see the new revision.
+        shared.open_for_work()?;
         shared.store.deploy(trial.revision.record.clone()).await.map_err(|error| error.failure())?;
         last_error.store(None);
         let revision = trial.succeed();

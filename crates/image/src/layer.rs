@@ -6,11 +6,12 @@
 //! ```
 //!
 //! The buffers go round; both queues are short, so that memory stays small and a slow disk slows the download down.
-//! Nothing is trusted before the end: a file for which [`write`] returned an error must be deleted.
+//! Nothing is trusted before the end: a file for which [`write()`] returned an error must be deleted.
 
 mod blob;
 mod pipe;
 
+use std::error::Error;
 use std::fs::File;
 use std::io::{self, Read};
 
@@ -143,19 +144,23 @@ pub enum LayerError {
 }
 
 impl LayerError {
-    /// What users see of it.
+    /// What users see of it: the whole chain in one sentence.
     pub fn failure(&self) -> Failure {
-        let (code, cause) = match self {
-            Self::Source { source, .. } => (ErrorCode::RegistryUnavailable, Some(source.to_string())),
-            Self::Size { .. } | Self::BlobDigest { .. } => (ErrorCode::DigestMismatch, None),
-            // Both ends agree on the blob, so that the image is at fault.
-            Self::DiffId { .. } => (ErrorCode::ImageInvalid, None),
-            Self::Inflate { source, .. } => (ErrorCode::ImageInvalid, Some(source.to_string())),
-            Self::TooLarge { .. } | Self::Expansion { .. } => (ErrorCode::ImageUnsupported, None),
-            Self::Archive { source, .. } => (ErrorCode::ImageInvalid, Some(source.to_string())),
-            Self::Store { source, .. } => (ErrorCode::Internal, Some(source.to_string())),
+        let code = match self {
+            Self::Source { .. } => ErrorCode::RegistryUnavailable,
+            Self::Size { .. } | Self::BlobDigest { .. } => ErrorCode::DigestMismatch,
+            // The blob is what the manifest names, so that the image itself is at fault.
+            Self::DiffId { .. } | Self::Inflate { .. } | Self::Archive { .. } => ErrorCode::ImageInvalid,
+            Self::TooLarge { .. } | Self::Expansion { .. } => ErrorCode::ImageUnsupported,
+            Self::Store { .. } => ErrorCode::Internal,
         };
-        Failure::new(code, cause.map_or_else(|| self.to_string(), |cause| format!("{self}: {cause}")))
+        let mut detail = self.to_string();
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            detail = format!("{detail}: {error}");
+            cause = error.source();
+        }
+        Failure::new(code, detail)
     }
 }
 
@@ -316,6 +321,39 @@ mod tests {
         assert!(matches!(run(&damaged, Compression::Gzip, diff_id).0.unwrap_err(), LayerError::Inflate { .. }));
         assert!(matches!(run(&blob, Compression::None, diff_id).0.unwrap_err(), LayerError::Archive { .. }));
         assert!(matches!(run(&tar, Compression::Gzip, diff_id).0.unwrap_err(), LayerError::Inflate { .. }));
-        assert!(matches!(run(&gzip(&[1; 4096]), Compression::Gzip, diff_id).0.unwrap_err(), LayerError::Archive { .. }));
+        let error = run(&gzip(&[b'1'; 4096]), Compression::Gzip, diff_id).0.unwrap_err();
+        let Failure { code, detail, .. } = error.failure();
+        assert_eq!(code, ErrorCode::ImageInvalid);
+        let cause = "entry '' at byte 0 of the tar cannot be read: the checksum of the header is wrong";
+        assert_eq!(detail, format!("the layer {diff_id} cannot be used: {cause}"));
+    }
+    #[test]
+    fn a_failing_source_and_a_full_disk_are_told_apart() {
+        struct Failing;
+        impl Read for Failing {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                Err(io::Error::from(io::ErrorKind::ConnectionReset))
+            }
+        }
+        let tar = archive(b"x");
+        let meta = LayerBlob { digest: sha256(&tar), size: tar.len() as u64, compression: Compression::None };
+        let layer = LayerId { diff_id: sha256(&tar), base: true };
+        let half = tar.as_slice().take(700).chain(Failing);
+        let error = write(half, &meta, layer, &tempfile::tempfile().unwrap()).unwrap_err();
+        assert!(matches!(error, LayerError::Source { .. }), "{error}");
+        // A file that cannot be written to.
+        let read_only = File::open("/dev/null").unwrap();
+        let error = write(tar.as_slice(), &meta, layer, &read_only).unwrap_err();
+        assert!(matches!(error, LayerError::Store { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_bomb_is_stopped() {
+        let tar = archive(b"x");
+        let zeros = gzip(&vec![0; 64 << 20]);
+        let blob = [gzip(&tar), zeros.repeat(17)].concat();
+        let error = run(&blob, Compression::Gzip, sha256(&tar)).0.unwrap_err();
+        assert!(matches!(error, LayerError::Expansion { .. }), "{error}");
+        assert_eq!(error.failure().code, ErrorCode::ImageUnsupported);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use funtainer_model::{Digest, ImageRef};
@@ -26,10 +27,13 @@ pub struct NameRecord {
     pub time_unix_s: u64,
 }
 
+/// All names. Readers never wait for the disk.
 #[derive(Debug)]
 pub(crate) struct Names {
     path: PathBuf,
-    records: BTreeMap<ImageRef, NameRecord>,
+    records: Mutex<BTreeMap<ImageRef, NameRecord>>,
+    /// Held while the file is replaced, so that one change follows the other.
+    writing: Mutex<()>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -54,34 +58,39 @@ impl Names {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
             Err(source) => return Err(StoreError::io("read", &path, source)),
         };
-        Ok(Self { path, records })
+        Ok(Self { path, records: records.into(), writing: Mutex::default() })
     }
 
     pub(crate) fn get(&self, name: &ImageRef) -> Option<NameRecord> {
-        self.records.get(name).copied()
+        self.records().get(name).copied()
     }
 
-    pub(crate) fn all(&self) -> impl Iterator<Item = (&ImageRef, &NameRecord)> {
-        self.records.iter()
+    pub(crate) fn all(&self) -> Vec<(ImageRef, NameRecord)> {
+        self.records().iter().map(|(name, record)| (name.clone(), *record)).collect()
     }
 
-    /// Gives `name` a digest. Durable on return; a name that already is so costs nothing.
-    pub(crate) fn set(&mut self, name: &ImageRef, digest: Digest, imported: bool, tmp: &Path) -> Result<(), StoreError> {
-        let old = self.records.get(name).copied();
+    /// Gives `name` a digest. Durable on return; a name that already is so costs nothing. Blocks on the disk.
+    pub(crate) fn set(&self, name: &ImageRef, digest: Digest, imported: bool, tmp: &Path) -> Result<(), StoreError> {
+        let _writing = self.writing.lock().expect("no holder panics");
+        let mut names = self.records().clone();
+        let old = names.get(name).copied();
         if old.is_some_and(|old| (old.digest, old.imported) == (digest, imported)) {
             return Ok(());
         }
-        if old.is_none() && self.records.len() >= NAMES_MAX {
+        if old.is_none() && names.len() >= NAMES_MAX {
             return Err(StoreError::TooManyNames { max: NAMES_MAX });
         }
         let time_unix_s = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs());
-        let mut names = self.records.clone();
         names.insert(name.clone(), NameRecord { digest, imported, time_unix_s });
         let file = NamesFile { version: VERSION, names };
         let bytes = serde_json::to_vec_pretty(&file).map_err(|source| StoreError::Names { path: self.path.clone(), source })?;
         replace_file(&self.path, tmp, &bytes)?;
-        self.records = file.names;
+        *self.records() = file.names;
         Ok(())
+    }
+
+    fn records(&self) -> MutexGuard<'_, BTreeMap<ImageRef, NameRecord>> {
+        self.records.lock().expect("no holder panics")
     }
 }
 
@@ -94,7 +103,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("names.json");
         let (name, digest) = ("a:1".parse::<ImageRef>().unwrap(), Digest::from_sha256([1; 32]));
-        let mut names = Names::open(path.clone()).unwrap();
+        let names = Names::open(path.clone()).unwrap();
         names.set(&name, digest, true, dir.path()).unwrap();
         let record = Names::open(path.clone()).unwrap().get(&name).unwrap();
         assert_eq!((record.digest, record.imported), (digest, true));

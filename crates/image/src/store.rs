@@ -14,7 +14,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use funtainer_model::{Digest, ImageConfig, ImageRef, LayerId};
@@ -76,7 +76,7 @@ pub struct ImageStore {
     pub(crate) image_flights: Flights<ImageRef>,
     pub(crate) layer_flights: Flights<LayerId>,
     pub(crate) layer_slots: Semaphore,
-    names: Arc<Mutex<Names>>,
+    names: Arc<Names>,
 }
 
 /// The directories of a store. Its functions block on the disk.
@@ -167,7 +167,7 @@ impl ImageStore {
             image_flights: Flights::default(),
             layer_flights: Flights::default(),
             layer_slots: Semaphore::new(LAYERS_AT_ONCE),
-            names: Arc::new(Mutex::new(names)),
+            names: Arc::new(names),
         })
     }
 
@@ -181,10 +181,7 @@ impl ImageStore {
 
     /// Every name that was pulled or imported, in the order of the names.
     pub async fn images(&self) -> Result<Vec<NamedImage>, ImageError> {
-        let all: Vec<(ImageRef, NameRecord)> = {
-            let names = self.names.lock().expect("no holder panics");
-            names.all().map(|(name, record)| (name.clone(), *record)).collect()
-        };
+        let all = self.names.all();
         let mut images = Vec::with_capacity(all.len());
         for (reference, record) in all {
             let size = self.get(&reference, record.digest).await.ok().flatten().map(|image| image.size);
@@ -205,12 +202,12 @@ impl ImageStore {
 
     /// What the store knows of `name`.
     pub(crate) fn name(&self, name: &ImageRef) -> Option<NameRecord> {
-        self.names.lock().expect("no holder panics").get(name)
+        self.names.get(name)
     }
 
     pub(crate) async fn set_name(&self, name: &ImageRef, digest: Digest, imported: bool) -> Result<(), StoreError> {
         let (names, name, tmp) = (Arc::clone(&self.names), name.clone(), self.disk.tmp.clone());
-        blocking(move || names.lock().expect("no holder panics").set(&name, digest, imported, &tmp)).await
+        blocking(move || names.set(&name, digest, imported, &tmp)).await
     }
 
     /// Manifest and configuration from the disk alone; none if one is missing or damaged.

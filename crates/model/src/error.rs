@@ -104,6 +104,10 @@ codes! {
     HeaderTooLarge = "header-too-large", Client, retry false, "the request's header is too large", "send less than 64 KiB of header; large values belong into the body";
     /// Bodies have a bound where they must be held in memory.
     BodyTooLarge = "body-too-large", Client, retry false, "the request's body is too large", "send a smaller body";
+    /// Another protocol on the same connection.
+    UpgradeUnsupported = "upgrade-unsupported", Client, retry false, "the connection cannot change its protocol", "use plain HTTP/1.1; WebSocket is not supported so far";
+    /// Connections have a bound.
+    TooManyConnections = "too-many-connections", Platform, retry true, "too many connections are open", "close idle connections, or try again later";
     /// No function of the name.
     FunctionUnknown = "function-unknown", Client, retry false, "no such function", "`funtainer list` shows the functions, `funtainer deploy NAME --image REF` makes one";
     /// Removed or replaced while the request was under way.

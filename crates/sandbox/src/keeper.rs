@@ -10,7 +10,7 @@
 //! One thread and one epoll. Nothing here waits for a zygote or a daemon: sockets are non-blocking with a bounded queue, and who floods
 //! or stalls is killed. What the daemon sends is checked, and what zygotes send too.
 //!
-//! Deadlines are looked at whenever the loop turns; [`Keeper::deadline`] says when it must at the latest.
+//! Deadlines are looked at whenever the loop turns; `deadline` says when it must at the latest.
 
 mod data;
 mod instances;
@@ -246,6 +246,8 @@ impl Keeper {
         if std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count) != 1 {
             return Err(KeeperError::Threads);
         }
+        // What is made below has the mode that its maker wrote, whatever the caller's shell masks.
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
         let user = DaemonUser::find();
         let data = DataDirectory::open(&settings.data, user)?;
         if let Some(missing) = mount::probe(data.layers.as_fd()).into_iter().next() {
@@ -260,8 +262,17 @@ impl Keeper {
         for missing in cgroups.missing() {
             (settings.log)(&format!("control groups here have no {missing}: instances run without it"));
         }
-        let Tcp { address, sockets: tcp } = listen::tcp(settings.listen)?;
-        let admin = listen::admin(&settings.admin)?;
+        let (Tcp { address, sockets: tcp }, admin) =
+            match listen::tcp(settings.listen).and_then(|tcp| Ok((tcp, listen::admin(&settings.admin)?))) {
+                Ok(listening) => listening,
+                Err(error) => {
+                    // Both errors are told: the first is the one to act on.
+                    if let Err(left) = cgroups.close() {
+                        (settings.log)(&format!("a control group remains: {left}"));
+                    }
+                    return Err(error);
+                }
+            };
         // SAFETY: one thread, as was checked, which keeps no pointer into its arguments or environment.
         let title = unsafe { Title::prepare() }?;
         // SAFETY: as above; arguments were read by who called `run`.

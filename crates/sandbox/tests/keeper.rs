@@ -3,7 +3,7 @@
 mod harness;
 
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
@@ -139,6 +139,8 @@ fn one_data_directory_and_one_admin_socket_have_one_keeper() {
     let (code, error) = second(&server.admin, other.path());
     assert_eq!(code, Some(1));
     assert!(error.contains("another server answers"), "{error}");
+    let id = fs::read_to_string(other.path().join("id")).unwrap();
+    assert_eq!(harness::cgroups(&id), Vec::<std::path::PathBuf>::new(), "a failed start leaves nothing");
     drop(client);
 }
 
@@ -208,7 +210,7 @@ fn list(client: &mut Client) -> Listing {
     loop {
         let (reply, logs) = client.answer(number);
         match reply {
-            Reply::Listed { exit: None, .. } => running.push((reply, logs.iter().map(|log| log.as_raw_fd()).collect())),
+            Reply::Listed { exit: None, .. } => running.push((reply, logs.iter().map(OwnedFd::as_raw_fd).collect())),
             Reply::Listed { .. } => ended.push(reply),
             Reply::Done => return (running, ended),
             other => panic!("{other:?}"),
@@ -366,7 +368,7 @@ fn layers_are_committed_whole_and_for_good() {
     assert!(!store.join("layers").join(layer(2).file_name()).exists());
     assert_eq!(fs::metadata(&staged).unwrap().mode() & 0o777, 0o644, "what was refused is as it was");
 
-    assert_eq!(client.ask_with(&Request::CommitLayer { layer: layer(2) }, &[read_only.as_fd()]).0, Reply::Done);
+    assert_eq!(client.commit(&server.data, layer(2), &staged), Reply::Done);
     assert_eq!(server.stop(client), Some(0));
 }
 

@@ -28,8 +28,9 @@ fn shell(script: &str) -> RevisionSpec {
     spec(&["sh", "-c", script])
 }
 
-fn exit_code(code: i32) -> Option<i32> {
-    Some(code << 8)
+/// The wait status of a process that exited with `code`.
+fn exited(code: i32) -> i32 {
+    code << 8
 }
 
 #[test]
@@ -61,7 +62,7 @@ fn a_call_has_the_streams_and_its_exit_code_arrives() {
     let mut errors = String::new();
     fs::File::from(started.stderr.try_clone().unwrap()).read_to_string(&mut errors).unwrap();
     assert_eq!((started.output(), errors), ("body".to_owned(), "e\n".to_owned()));
-    assert_eq!(client.exit_of(instance(1)).status, exit_code(3));
+    assert_eq!(client.exit_of(instance(1)).status, Some(exited(3)));
     assert_eq!(server.stop(client), Some(0));
 }
 
@@ -150,7 +151,7 @@ fn files_and_directories_are_there_before_the_program() {
     assert!(output.ends_with("wrote\n"), "{output}");
     let (output, status) = run(&mut client, 2, RevisionSpec { read_only_root: true, ..wanted });
     assert!(!output.contains("wrote") && output.contains("plannedplanned"), "{output}");
-    assert_eq!(status, exit_code(1));
+    assert_eq!(status, Some(exited(1)));
     assert_eq!(server.stop(client), Some(0));
 }
 

@@ -93,15 +93,16 @@ pub(crate) enum StoreError {
 }
 
 impl StoreError {
-    /// The failure as users meet it.
+    /// The failure as users meet it, with the whole chain of reasons: there is no other place where it is told.
     pub(crate) fn failure(&self) -> Failure {
+        let reasons = std::iter::successors(Some(self as &dyn std::error::Error), |error| error.source());
+        let detail = reasons.map(ToString::to_string).collect::<Vec<_>>().join(": ");
         match self {
-            Self::NameTaken(_) => Failure::new(ErrorCode::NameTaken, self.to_string()),
-            Self::Open { source, .. } => Failure::new(ErrorCode::Internal, format!("{self}: {source}")),
-            Self::FromTheFuture { .. } => {
-                Failure::new(ErrorCode::Internal, self.to_string()).with_hint("start the newer program that wrote it")
+            Self::NameTaken(_) => Failure::new(ErrorCode::NameTaken, detail),
+            Self::Open { source, .. } if matches!(**source, Self::FromTheFuture { .. }) => {
+                Failure::new(ErrorCode::Internal, detail).with_hint("start the newer program that wrote it")
             }
-            _ => Failure::new(ErrorCode::Internal, self.to_string()),
+            _ => Failure::new(ErrorCode::Internal, detail),
         }
     }
 }

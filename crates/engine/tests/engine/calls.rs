@@ -1,7 +1,7 @@
 //! Calls: warm and cold, queue and its ends, failures, commands.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use funtainer_contract::{Call, CallBody, Exit, InvokeError};
@@ -80,12 +80,25 @@ async fn the_time_of_a_call_covers_the_queue_and_the_answer() {
     });
     bench.deploy(spec).await.unwrap();
     let begin = tokio::time::Instant::now();
-    let (slow, queued) = tokio::join!(bench.call("f", "/hold"), bench.call("f", "/"));
+    let second = async {
+        tokio::time::sleep(seconds(1)).await;
+        bench.call("f", "/hold").await
+    };
+    let (first, second) = tokio::join!(bench.call("f", "/hold"), second);
+    // The second had waited for 4 s when it was its turn.
+    assert_eq!(begin.elapsed().as_secs(), 6);
+    for failure in [first.unwrap_err(), second.unwrap_err()] {
+        assert!(matches!(failure, InvokeFailure::Timeout { .. }), "{failure}");
+        assert_eq!(failure.failure().code, ErrorCode::CallTimeout);
+    }
+    bench.engine.scale(&id("f"), 0).await.unwrap();
+    *bench.fake.start_delay.lock().unwrap() = seconds(10);
+    let begin = tokio::time::Instant::now();
+    let failure = bench.call("f", "/").await.unwrap_err();
+    assert!(matches!(failure, InvokeFailure::QueueTimeout { .. }), "{failure}");
     assert_eq!(begin.elapsed().as_secs(), 5);
-    assert_eq!(slow.unwrap_err().failure().code, ErrorCode::CallTimeout);
-    let queued = queued.unwrap_err();
-    assert!(matches!(queued, InvokeFailure::QueueTimeout { .. }), "{queued}");
-    // Both are gone from the books.
+    // All are gone from the books.
+    tokio::time::sleep(seconds(10)).await;
     assert!(bench.call("f", "/").await.is_ok());
 }
 
@@ -173,17 +186,20 @@ async fn a_command_is_a_fresh_instance_for_each_call_and_max_bounds_them() {
     let failed = call("fail").await.unwrap_err();
     assert_eq!(failed.failure().code, ErrorCode::CommandFailed);
     assert!(failed.failure().detail.contains("the tail"), "{failed}");
-    let held: Vec<_> = (0..3).map(|_| tokio::spawn(call("hold it"))).collect();
+    let held: Vec<_> = (0..3)
+        .map(|_| {
+            let call = call("hold it");
+            tokio::spawn(async move { text(call.await.unwrap()).await })
+        })
+        .collect();
     bench.fake.wait_arrived(4).await;
     let view = bench.engine.describe(&id("cat")).unwrap();
     assert_eq!(view.instances.len(), 2);
     bench.fake.release.notify_waiters();
     bench.fake.wait_arrived(5).await;
-    wait_until("the third to hold", || bench.fake.alive() == 1).await;
-    tokio::time::sleep(seconds(1)).await;
     bench.fake.release.notify_waiters();
     for call in held {
-        assert_eq!(text(call.await.unwrap().unwrap()).await, "hold it");
+        assert_eq!(call.await.unwrap(), "hold it");
     }
     assert_eq!(bench.fake.alive_max.load(Ordering::SeqCst), 2);
     wait_until("no instance", || bench.engine.describe(&id("cat")).unwrap().instances.is_empty()).await;
@@ -255,4 +271,47 @@ fn calls_can_move_between_threads() {
     let _ = make;
     let undelivered = InvokeError::NotDelivered { call: Box::new(get("/")), source: std::io::ErrorKind::Other.into() };
     check(&undelivered);
+}
+
+/// The gateway's way: callers on runtimes of one thread each, the engine's own work on another one, in real time.
+#[test]
+fn callers_on_many_runtimes_see_deploys_and_scales_but_no_failure() {
+    const CALLERS: usize = 3;
+    const CALLS: usize = 400;
+    let work = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let bench = work.block_on(Bench::new());
+    let spec = || with(http("f"), |spec| spec.scale.concurrency = 2.try_into().unwrap());
+    work.block_on(bench.deploy(spec())).unwrap();
+    let left = Arc::new(AtomicUsize::new(CALLERS));
+    let threads: Vec<_> = (0..CALLERS)
+        .map(|_| {
+            let (engine, left) = (bench.engine.clone(), left.clone());
+            std::thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                runtime.block_on(async {
+                    let caller = async || {
+                        for _ in 0..CALLS {
+                            text(engine.invoke("f", get("/")).await.unwrap()).await;
+                        }
+                    };
+                    tokio::join!(caller(), caller(), caller());
+                });
+                left.fetch_sub(1, Ordering::SeqCst);
+            })
+        })
+        .collect();
+    work.block_on(async {
+        while left.load(Ordering::SeqCst) > 0 {
+            bench.deploy(spec()).await.unwrap();
+            bench.engine.scale(&id("f"), 3).await.unwrap();
+            bench.engine.scale(&id("f"), 0).await.unwrap();
+        }
+    });
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    work.block_on(async {
+        bench.engine.drain(seconds(10)).await;
+        assert_eq!(bench.fake.alive(), 0);
+    });
 }

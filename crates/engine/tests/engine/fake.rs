@@ -89,7 +89,10 @@ impl Fake {
 
     /// Waits until so many calls have arrived at instances, over all.
     pub(crate) async fn wait_arrived(&self, count: usize) {
-        self.arrived.subscribe().wait_for(|arrived| *arrived >= count).await.unwrap();
+        let mut arrived = self.arrived.subscribe();
+        let wait = arrived.wait_for(|arrived| *arrived >= count);
+        let known = tokio::time::timeout(Duration::from_secs(30), wait).await;
+        assert!(known.is_ok(), "{count} calls did not arrive within 30 s of paused time");
     }
 
     /// An instance dies by itself.
@@ -97,7 +100,10 @@ impl Fake {
         let alive = self.alive.lock().unwrap().remove(&instance);
         if let Some(alive) = alive {
             alive.task.abort();
-            wait_until("the end of the server", || alive.task.is_finished()).await;
+            // Without time, which may stand still.
+            while !alive.task.is_finished() {
+                tokio::task::yield_now().await;
+            }
             alive.exit.send_replace(Some(report(exit)));
         }
     }
@@ -148,8 +154,8 @@ impl Fake {
                 if let Some(stderr) = start.stderr {
                     stderr.try_send(Bytes::from_static(b"a word on stderr")).unwrap();
                 }
-                let task = tokio::spawn(copy(stdin_read, stdout_write, self.release.clone(), exit.clone())).abort_handle();
-                self.arrived.send_modify(|arrived| *arrived += 1);
+                let command = Command { release: self.release.clone(), arrived: self.arrived.clone(), exit: exit.clone() };
+                let task = tokio::spawn(command.copy(stdin_read, stdout_write)).abort_handle();
                 (Access::Streams { stdin: stdin.into(), stdout: stdout.into() }, None, task)
             }
         };
@@ -272,17 +278,27 @@ impl Server {
     }
 }
 
-/// A command like `cat`; input that starts with `hold` waits for the release, with `fail` ends with code 3.
-async fn copy(mut from: pipe::Receiver, mut to: pipe::Sender, release: Arc<Notify>, exit: watch::Sender<Option<ExitReport>>) {
-    let mut all = Vec::new();
-    from.read_to_end(&mut all).await.unwrap();
-    if all.starts_with(b"hold") {
-        release.notified().await;
+struct Command {
+    release: Arc<Notify>,
+    arrived: Arc<watch::Sender<usize>>,
+    exit: watch::Sender<Option<ExitReport>>,
+}
+
+impl Command {
+    /// Like `cat`; input that starts with `hold` waits for the release, with `fail` ends with code 3.
+    async fn copy(self, mut from: pipe::Receiver, mut to: pipe::Sender) {
+        let mut all = Vec::new();
+        from.read_to_end(&mut all).await.unwrap();
+        let released = self.release.notified();
+        self.arrived.send_modify(|arrived| *arrived += 1);
+        if all.starts_with(b"hold") {
+            released.await;
+        }
+        let written = to.write_all(&all).await.is_ok();
+        drop(to);
+        let code = if all.starts_with(b"fail") { 3 } else { u8::from(!written) };
+        self.exit.send_replace(Some(report(Exit::Code(code))));
     }
-    let written = to.write_all(&all).await.is_ok();
-    drop(to);
-    let code = if all.starts_with(b"fail") { 3 } else { u8::from(!written) };
-    exit.send_replace(Some(report(Exit::Code(code))));
 }
 
 fn report(exit: Exit) -> ExitReport {

@@ -220,3 +220,54 @@ async fn a_drain_has_an_end() {
     }
     bench.engine.shutdown().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_run_has_the_time_of_a_drain_to_finish() {
+    let bench = Bench::new().await;
+    let (progress, _steps) = mpsc::channel(16);
+    let mut run = bench.engine.run(stdio("any"), progress).await.unwrap();
+    let engine = bench.engine.clone();
+    let drain = tokio::spawn(async move { engine.drain(seconds(10)).await });
+    tokio::task::yield_now().await;
+    drop(run.stdin.take());
+    let report = run.exit.wait_for(Option::is_some).await.unwrap().clone().unwrap();
+    assert_eq!(report.exit, Exit::Code(0));
+    drop(run);
+    drain.await.unwrap();
+    assert_eq!(bench.fake.stops(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_that_is_dropped_ends_its_instances() {
+    let bench = Bench::new().await;
+    bench.deploy(with(http("f"), |spec| spec.scale.min = 1)).await.unwrap();
+    let Bench { fake, engine, directory } = bench;
+    drop(engine);
+    fake.wait_alive(0).await;
+    assert_eq!(open(&directory, &fake).await.list().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deploy_that_is_given_up_at_any_point_is_whole_or_nothing() {
+    let bench = Bench::new().await;
+    for yields in 0..60 {
+        let (progress, _steps) = mpsc::channel(16);
+        let engine = bench.engine.clone();
+        let deploy = tokio::spawn(async move { engine.deploy(http("f"), progress).await.is_ok() });
+        in_still_time(async {
+            for _ in 0..yields {
+                tokio::task::yield_now().await;
+            }
+            deploy.abort();
+            let _ = deploy.await;
+        })
+        .await;
+        bench.deploy(http("f")).await.unwrap();
+        bench.text("f").await;
+        bench.fake.wait_alive(1).await;
+        assert_eq!(bench.engine.list().len(), 1);
+        let shown = bench.engine.describe(&id("f")).unwrap();
+        wait_until("one instance", || bench.engine.describe(&id("f")).unwrap().instances.len() == 1).await;
+        assert_eq!(open(&bench.directory, &Arc::default()).await.describe(&id("f")).unwrap().revision, shown.revision);
+    }
+}

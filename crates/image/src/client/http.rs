@@ -8,7 +8,7 @@ use bytes::Bytes;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RETRY_AFTER};
 use reqwest::{Client, ClientBuilder, Method, Response, StatusCode, Url};
 use rustls::{ClientConfig, RootCertStore};
-use tokio::sync::OnceCell;
+use tokio::sync::Mutex;
 
 use super::ClientError;
 
@@ -29,9 +29,10 @@ const REDIRECTS_MAX: u32 = 5;
 #[derive(Debug, Default)]
 pub(super) struct Http {
     /// For loopback: trusts no certificate, asks no resolver, uses no proxy.
-    plain: OnceCell<Client>,
-    /// For everything else; made when first needed, since it loads the machine's root certificates.
-    secure: OnceCell<Client>,
+    plain: Mutex<Option<Client>>,
+    /// For everything else; made when needed, since it loads the machine's root certificates and name servers. Made anew after a
+    /// failed connection, since both change while a server runs.
+    secure: Mutex<Option<Client>>,
 }
 
 /// A question without body.
@@ -79,7 +80,15 @@ impl Http {
                 value.set_sensitive(true);
                 builder = builder.header(AUTHORIZATION, value);
             }
-            let response = builder.send().await.map_err(|source| transport(request.registry, source))?;
+            let response = match builder.send().await {
+                Ok(response) => response,
+                Err(source) => {
+                    if source.is_connect() {
+                        self.secure.lock().await.take();
+                    }
+                    return Err(transport(request.registry, source));
+                }
+            };
             if !is_redirect(response.status()) {
                 return Ok(response);
             }
@@ -92,17 +101,23 @@ impl Http {
 
     /// The client that may speak to `url`. Plain HTTP stays on loopback, and only a registry that is there itself leads to it:
     /// otherwise a registry on the internet could make this machine ask its own services.
-    async fn client(&self, url: &Url, request: &Request<'_>) -> Result<&Client, ClientError> {
-        match url.scheme() {
-            "http" if is_loopback(url) && is_loopback(&request.url) => {
-                self.plain.get_or_try_init(async || plain(request.registry)).await
+    async fn client(&self, url: &Url, request: &Request<'_>) -> Result<Client, ClientError> {
+        let (slot, is_plain) = match url.scheme() {
+            "http" if is_loopback(url) && is_loopback(&request.url) => (&self.plain, true),
+            "https" => (&self.secure, false),
+            _ => {
+                return Err(ClientError::Protocol {
+                    registry: request.registry.to_owned(),
+                    what: format!("it leads to {} without encryption", url.host_str().unwrap_or("another address")),
+                });
             }
-            "https" => self.secure.get_or_try_init(async || secure(request.registry).await).await,
-            _ => Err(ClientError::Protocol {
-                registry: request.registry.to_owned(),
-                what: format!("it leads to {} without encryption", url.host_str().unwrap_or("another address")),
-            }),
+        };
+        let mut slot = slot.lock().await;
+        if let Some(client) = &*slot {
+            return Ok(client.clone());
         }
+        let client = if is_plain { plain(request.registry)? } else { secure(request.registry).await? };
+        Ok(slot.insert(client).clone())
     }
 }
 

@@ -51,6 +51,7 @@ fn apply_whiteouts(tree: &mut Tree, options: WriteOptions) -> Result<(), EntryRe
         let opaque = std::mem::take(&mut directory.opaque) && !options.base;
         let whiteouts = std::mem::take(&mut directory.whiteouts);
         let children: Vec<NodeId> = directory.children.values().copied().collect();
+        let mut deletes = false;
         for name in whiteouts {
             match tree.directory(node).children.get(&name).copied() {
                 Some(child) if is_directory(tree, child) => tree.directory_mut(child).opaque = true,
@@ -66,12 +67,16 @@ fn apply_whiteouts(tree: &mut Tree, options: WriteOptions) -> Result<(), EntryRe
                         })?),
                     };
                     tree.link(node, &name, id)?;
+                    deletes = true;
                 }
             }
         }
+        let marked = &mut tree.nodes[node as usize];
         if opaque {
-            let node = &mut tree.nodes[node as usize];
-            node.xattrs = xattr::with_opaque(&node.xattrs);
+            marked.xattrs = xattr::with_opaque(&marked.xattrs);
+        }
+        if deletes {
+            marked.xattrs = xattr::with_origin(&marked.xattrs);
         }
         let directories = children.into_iter().filter(|child| is_directory(tree, *child));
         pending.extend(directories.map(|child| (child, nothing_below)));

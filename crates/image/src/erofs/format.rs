@@ -83,7 +83,7 @@ impl Superblock {
         block
     }
 
-    /// Reads the first block of a file of `file_bytes` bytes, and refuses everything that [`encode`](Self::encode) would
+    /// Reads the first block of a file of `file_bytes` bytes, and refuses everything that `encode` would
     /// not have written.
     pub fn parse(block: &[u8; BLOCK_BYTES as usize], file_bytes: u64) -> Result<Self, SuperblockError> {
         let sb = &block[SUPERBLOCK_OFFSET..];

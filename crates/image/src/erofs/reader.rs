@@ -1,4 +1,4 @@
-//! Reads the files that [`write`](super::write) makes, without mounting them. Every number is checked before it is used:
+//! Reads the files that [`write()`](super::write()) makes, without mounting them. Every number is checked before it is used:
 //! a damaged or hostile file yields errors, never a panic, an endless loop or a large allocation.
 
 use std::fs::File;
@@ -12,6 +12,7 @@ use super::format::{
     S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, SLOT_BYTES, Superblock, SuperblockError, XATTR_HEADER_BYTES, u16_at, u64_at,
 };
 use super::tree::NAME_BYTES_MAX;
+use super::writer::ENTRIES_MAX;
 use super::xattr;
 
 /// Names the place of an inode in its file.
@@ -250,6 +251,9 @@ impl Reader {
                     return Err(damaged(directory.nid, "names are out of order"));
                 }
                 name.clone_into(&mut last);
+                if entries.len() >= ENTRIES_MAX {
+                    return Err(damaged(directory.nid, "more names than a layer can have"));
+                }
                 if !matches!(name, b"." | b"..") {
                     entries.push(DirEntry { name: name.to_vec(), nid });
                 }

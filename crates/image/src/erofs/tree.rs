@@ -1,5 +1,9 @@
 //! The tree that a layer's archive describes, by the rules of the OCI image specification, "Image Layer Filesystem
 //! Changeset". Only names and metadata are held; content is written as it comes.
+//!
+//! Each layer is written without the ones below it, which has two consequences. A directory that the archive uses but
+//! does not have gets mode 0755 and owner 0:0, also where a lower layer has it with others. And a symbolic link of a
+//! lower layer is not followed: the archive's path through it makes a directory, which hides the link.
 
 use std::collections::{BTreeMap, BTreeSet};
 

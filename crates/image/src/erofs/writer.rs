@@ -17,6 +17,8 @@ pub const ENTRIES_MAX: usize = 1 << 20;
 pub const METADATA_BYTES_MAX: u64 = 256 << 20;
 /// Largest layer in blocks of 4096 bytes, holes included: 1 TiB.
 pub const IMAGE_BLOCKS_MAX: u64 = 1 << 28;
+/// Mode of every symbolic link, symlink(7).
+const MODE_SYMLINK: u16 = 0o777;
 /// Writes are gathered up to this many bytes.
 const BUFFER_BYTES: usize = 256 << 10;
 
@@ -24,7 +26,7 @@ const BUFFER_BYTES: usize = 256 << 10;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct WriteOptions {
     /// Whether the layer lies at the bottom of its image, where there is nothing to delete: whiteouts and the marks of
-    /// opaque directories are left out, because overlayfs would show the whiteouts of a lowest layer as files.
+    /// opaque directories are left out, so that the layer is whole without an overlay too.
     pub base: bool,
 }
 
@@ -48,7 +50,7 @@ pub enum WriteError {
     #[error(transparent)]
     Tar(#[from] TarError),
     /// An entry cannot be part of a layer.
-    #[error("tar entry '{entry}' at byte {offset}: {reason}")]
+    #[error("entry '{entry}' at byte {offset} of the tar cannot be part of a layer")]
     Entry {
         /// Where in the archive, in bytes.
         offset: u64,
@@ -59,8 +61,8 @@ pub enum WriteError {
         reason: EntryReason,
     },
     /// The layer as a whole is over a limit.
-    #[error("{0}")]
-    Layer(#[source] EntryReason),
+    #[error(transparent)]
+    Layer(EntryReason),
     /// The file cannot be written.
     #[error("the layer's file cannot be written")]
     Io(#[from] io::Error),
@@ -131,7 +133,12 @@ impl Writer<'_> {
             EntryKind::BlockDevice(number) => NodeKind::BlockDevice(device(*number).map_err(wrong)?),
             EntryKind::Fifo => NodeKind::Fifo,
         };
-        self.add(directory, name, Node { kind, attributes, xattrs }).map_err(wrong)
+        let mut node = Node { kind, attributes, xattrs };
+        if let NodeKind::Symlink(_) = node.kind {
+            // Linux has no permissions of symbolic links; archives say this or that.
+            node.attributes.mode = MODE_SYMLINK;
+        }
+        self.add(directory, name, node).map_err(wrong)
     }
 
     fn add(&mut self, directory: NodeId, name: &[u8], node: Node) -> Result<(), EntryReason> {

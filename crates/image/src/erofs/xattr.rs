@@ -13,8 +13,8 @@ pub const XATTR_NAME_BYTES_MAX: usize = 255;
 pub const XATTR_VALUE_BYTES_MAX: usize = 65_535;
 /// Most bytes that all attributes of one inode take on disk: its size field counts 4-byte words in 16 bits.
 pub const XATTR_TOTAL_BYTES_MAX: usize = 65_534 * 4;
-/// What an opaque directory needs on top, and more than enough.
-const OPAQUE_RESERVE_BYTES: usize = 64;
+/// Room for the marks that the writer adds, and more than enough.
+const RESERVE_BYTES: usize = 128;
 
 /// Prefixes and their indexes on disk (`EROFS_XATTR_INDEX_*`), longest first. Others have no place in erofs.
 const PREFIXES: [(&[u8], u8); 5] =
@@ -28,6 +28,9 @@ const INDEX_TRUSTED: u8 = 4;
 const OVERLAY: &[u8] = b"overlay.";
 /// The mark of an opaque directory.
 const OPAQUE: &[u8] = b"overlay.opaque";
+/// The mark of a directory that may contain whiteouts. Where only one layer has the directory, overlayfs lists it as it
+/// is, whiteouts and all, unless it carries this (`ovl_path_check_origin_xattr`); an empty value names no origin.
+const ORIGIN: &[u8] = b"overlay.origin";
 /// Version of the ACL form that the kernel reads (`POSIX_ACL_XATTR_VERSION`).
 const ACL_VERSION: [u8; 4] = [2, 0, 0, 0];
 /// Size of one entry of an ACL.
@@ -61,7 +64,7 @@ pub(super) fn encode(xattrs: &[Xattr], user_allowed: bool) -> Result<Box<[u8]>, 
     let mut body = Vec::new();
     for ((index, suffix), value) in kept {
         push(&mut body, index, suffix, value);
-        if body.len() > XATTR_TOTAL_BYTES_MAX - OPAQUE_RESERVE_BYTES {
+        if body.len() > XATTR_TOTAL_BYTES_MAX - RESERVE_BYTES {
             return Err(EntryReason::XattrTotal);
         }
     }
@@ -73,6 +76,14 @@ pub(super) fn with_opaque(body: &[u8]) -> Box<[u8]> {
     let mut body = body.to_vec();
     push(&mut body, INDEX_TRUSTED, OPAQUE, b"y");
     push(&mut body, INDEX_USER, OPAQUE, b"y");
+    body.into_boxed_slice()
+}
+
+/// Adds the marks of a directory with whiteouts.
+pub(super) fn with_origin(body: &[u8]) -> Box<[u8]> {
+    let mut body = body.to_vec();
+    push(&mut body, INDEX_TRUSTED, ORIGIN, b"");
+    push(&mut body, INDEX_USER, ORIGIN, b"");
     body.into_boxed_slice()
 }
 

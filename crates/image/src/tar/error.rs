@@ -9,7 +9,7 @@ const PRINTED_BYTES_MAX: usize = 200;
 
 /// An archive that cannot be read, with the place.
 #[derive(Debug, thiserror::Error)]
-#[error("tar entry '{entry}' at byte {offset}: {reason}")]
+#[error("entry '{entry}' at byte {offset} of the tar cannot be read")]
 pub struct TarError {
     /// Where in the archive (uncompressed), in bytes.
     pub offset: u64,

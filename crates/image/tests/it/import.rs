@@ -92,6 +92,44 @@ async fn the_archives_of_the_tools_in_use_are_read() {
     check("docker-archive", "example.org/a/b:1", Some("c:2"), "docker.io/library/c:2").await;
 }
 
+/// `docker save` before version 25: layers in directories, a layer that occurs twice as a symbolic link to the first.
+#[tokio::test(flavor = "multi_thread")]
+async fn archives_of_older_dockers_are_read() {
+    let (tar, other) = (layer("a", 1000), layer("b", 1000));
+    let diff_ids = [&tar, &other, &tar].map(|tar| sha256(tar));
+    let config = json!({
+        "architecture": "amd64", "os": "linux", "config": {"Cmd": ["a"]}, "rootfs": {"type": "layers", "diff_ids": diff_ids},
+    });
+    let config = config.to_string();
+    let [first, second, third] = [1_u8, 2, 3].map(|n| sha256(&[n]).hex());
+    let config_path = format!("{}.json", sha256(config.as_bytes()).hex());
+    let layers = [&first, &second, &third].map(|hex| format!("{hex}/layer.tar"));
+    let manifest = json!([{"Config": config_path, "RepoTags": ["a/b:1", "a/b:2"], "Layers": layers}]);
+    let mut builder = tar::Builder::new(Vec::new());
+    let mut link = tar::Header::new_gnu();
+    link.set_entry_type(tar::EntryType::Symlink);
+    link.set_size(0);
+    builder.append_link(&mut link, &layers[2], format!("../{first}/layer.tar")).unwrap();
+    let mut archive = builder.into_inner().unwrap();
+    archive.truncate(archive.len() - 1024);
+    archive.extend(tar_of(&[
+        (&config_path, config.as_bytes()),
+        ("repositories", b"{}"),
+        (&format!("{first}/VERSION"), b"1.0"),
+        (&layers[0], &tar),
+        (&layers[1], &other),
+        ("manifest.json", manifest.to_string().as_bytes()),
+    ]));
+    let store = Store::new();
+    let images = import(&store, &archive, None).await.unwrap();
+    let names: Vec<_> = images.iter().map(|image| image.reference.to_string()).collect();
+    assert_eq!(names, ["docker.io/a/b:1", "docker.io/a/b:2"]);
+    // Of the layer that occurs twice only the upper occurrence is mounted.
+    let layers: Vec<_> = images[0].layers.iter().map(|layer| (layer.diff_id, layer.base)).collect();
+    assert_eq!(layers, [(diff_ids[1], true), (diff_ids[0], false)]);
+    assert_eq!(import(&store, &archive, Some("c")).await.unwrap()[0].digest, images[0].digest);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_umoci_makes_is_imported() {
     let dir = tempfile::tempdir().unwrap();

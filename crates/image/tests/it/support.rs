@@ -46,7 +46,7 @@ impl Registry {
             dir.display()
         );
         fs::write(&config, text).unwrap();
-        let mut child = Command::new("docker-registry")
+        let child = Command::new("docker-registry")
             .arg("serve")
             .arg(&config)
             .stdin(Stdio::null())
@@ -54,7 +54,9 @@ impl Registry {
             .stderr(Stdio::piped())
             .spawn()
             .expect("docker-registry is installed (apt-get install docker-registry)");
-        let log = BufReader::new(child.stderr.take().unwrap());
+        // From here on it is killed whatever happens.
+        let mut registry = Self { child, port: 0, dir: None };
+        let log = BufReader::new(registry.child.stderr.take().unwrap());
         let (sender, receiver) = mpsc::channel();
         std::thread::spawn(move || {
             // The log is read to its end, or the registry would block on a full pipe.
@@ -67,8 +69,8 @@ impl Registry {
                 }
             }
         });
-        let port = receiver.recv_timeout(DEADLINE).expect("docker-registry says where it listens");
-        Self { child, port, dir: None }
+        registry.port = receiver.recv_timeout(DEADLINE).expect("docker-registry says where it listens");
+        registry
     }
 
     pub(crate) fn reference(&self, name: &str) -> ImageRef {

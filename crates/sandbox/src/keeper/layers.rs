@@ -30,8 +30,8 @@ pub(super) struct Layers {
 pub(super) struct Lent {
     /// With the zygote's ids; the uppermost first, as an overlay wants them.
     mapped: Vec<OwnedFd>,
-    /// What they are clones of.
-    _mounted: Vec<Rc<OwnedFd>>,
+    /// What they are clones of, for as long as the zygote lives.
+    mounted: Vec<Rc<OwnedFd>>,
 }
 
 impl Lent {
@@ -44,11 +44,11 @@ impl Lent {
 impl Layers {
     /// Mounts what is not mounted yet, and maps ids. `layers` is bottom to top.
     pub(super) fn lend(&mut self, store: BorrowedFd<'_>, layers: &[LayerId], ids: BorrowedFd<'_>) -> Result<Lent, Refusal> {
-        let mut lent = Lent { mapped: Vec::with_capacity(layers.len()), _mounted: Vec::with_capacity(layers.len()) };
+        let mut lent = Lent { mapped: Vec::with_capacity(layers.len()), mounted: Vec::with_capacity(layers.len()) };
         for layer in layers.iter().rev() {
             let mounted = self.mount(store, *layer)?;
             lent.mapped.push(mount::idmapped(mounted.as_fd(), ids).map_err(refusal)?);
-            lent._mounted.push(mounted);
+            lent.mounted.push(mounted);
         }
         self.mounted.retain(|_, mounted| mounted.strong_count() > 0);
         Ok(lent)

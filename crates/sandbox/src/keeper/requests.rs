@@ -32,7 +32,7 @@ impl Keeper {
                 self.announce();
             }
             Request::OpenRevision { revision, function, title, spec } => {
-                self.open_revision(from, revision, function, &title, &spec)
+                self.open_revision(from, revision, function, &title, &spec);
             }
             Request::EndRevision { revision } => self.end_revision(from, revision),
             Request::Start { instance, revision, memory_bytes, descriptor } => {

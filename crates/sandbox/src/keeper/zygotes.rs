@@ -25,7 +25,7 @@ use crate::zygote::{self, Forked, Plan};
 use crate::{fds, userns};
 
 /// A zygote without instances ends after this.
-const IDLE_MAX: Duration = Duration::from_secs(600);
+const IDLE_MAX: Duration = Duration::from_mins(10);
 /// How long a zygote may owe an answer without giving any; far above what a loaded machine needs.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 /// First host id of the functions' ranges.

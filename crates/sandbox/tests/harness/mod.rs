@@ -60,7 +60,7 @@ impl Server {
     pub fn restart(self) -> Self {
         let mut old = std::mem::ManuallyDrop::new(self);
         old.child.wait().unwrap();
-        // SAFETY-free take: the fields are moved out once, the rest is plain data.
+        // Not dropped as a whole: the data directory lives on.
         let directory = std::mem::replace(&mut old.directory, tempfile::tempdir().unwrap());
         Self::on(directory, &[])
     }
@@ -103,10 +103,20 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // A test that failed leaves nothing behind either.
+        // A test that failed leaves nothing behind either: what a killed keeper leaves to the next one's sweep is removed here.
         let _ = self.child.kill();
         let _ = self.child.wait();
         let _ = fs::remove_file(&self.admin);
+        let Ok(id) = fs::read_to_string(self.data.join("id")) else { return };
+        within(|| {
+            for top in cgroups(&id) {
+                for entry in fs::read_dir(&top).into_iter().flatten().flatten() {
+                    let _ = fs::remove_dir(entry.path());
+                }
+                let _ = fs::remove_dir(top);
+            }
+            cgroups(&id).is_empty()
+        });
     }
 }
 
@@ -150,7 +160,8 @@ impl Client {
     pub fn send_raw(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
         until("the keeper reads", || match fds::send(self.control.as_fd(), bytes, descriptors, SendFlags::DONTWAIT) {
             Err(rustix::io::Errno::AGAIN) => None,
-            other => Some(other.unwrap()),
+            Err(errno) => panic!("send to the keeper: {errno}"),
+            Ok(()) => Some(()),
         });
     }
 
@@ -213,10 +224,15 @@ impl Client {
     }
 
     pub fn commit(&mut self, store: &Path, layer: LayerId, image: &Path) -> Reply {
-        let staged = store.join("store/staged");
+        let staged = store.join("store/staged-by-commit");
         fs::copy(image, &staged).unwrap();
         let file = fs::File::open(&staged).unwrap();
-        let reply = self.ask_with(&Request::CommitLayer { layer }, &[file.as_fd()]).0;
+        // A child that another test forks holds a copy of the writer until it executes.
+        let reply = until("no writer is left", || {
+            let reply = self.ask_with(&Request::CommitLayer { layer }, &[file.as_fd()]).0;
+            (!matches!(&reply, Reply::Refused(Refusal::Malformed(text)) if text.contains("still has a writer")))
+                .then_some(reply)
+        });
         fs::remove_file(&staged).unwrap();
         reply
     }
@@ -369,10 +385,10 @@ pub fn spec(argv: &[&str]) -> RevisionSpec {
 pub fn busybox_image() -> &'static Path {
     static IMAGE: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
     IMAGE.get_or_init(|| {
-        let name = format!("busybox-{}.erofs", std::process::id());
-        let image = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        let image = Path::new(env!("CARGO_TARGET_TMPDIR")).join("busybox.erofs");
         let tree = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let root = tree.path();
+        let root = &tree.path().join("root");
+        fs::create_dir(root).unwrap();
         for directory in ["bin", "etc", "home"] {
             fs::create_dir(root.join(directory)).unwrap();
         }
@@ -392,9 +408,11 @@ pub fn busybox_image() -> &'static Path {
         script("connections", "#!/bin/sh\ncat /proc/net/tcp\n");
         script("garbage", "\u{1}\u{2}\u{3}");
         std::os::unix::fs::symlink("/proc/self/fd", root.join("etc/fds")).unwrap();
-        let made = Command::new("mkfs.erofs").args(["-T0", "--all-root"]).arg(&image).arg(root).output();
+        let made = Command::new("mkfs.erofs").args(["-T0", "--all-root"]).arg(root.join("../new")).arg(root).output();
         let made = made.expect("erofs-utils is installed");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        // In one step: another test program may be at the same.
+        fs::rename(tree.path().join("new"), &image).unwrap();
         image
     })
 }

@@ -1,0 +1,464 @@
+//! The command line: what can be said, with help that teaches.
+
+use std::net::SocketAddr;
+use std::num::{NonZeroU16, NonZeroU32};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use funtainer_model::{ByteSize, EnvVar, QuantityError, parse_duration};
+
+/// Where a server is by default: its admin socket.
+pub(crate) const ADMIN_DEFAULT: &str = "/run/funtainer/admin.sock";
+/// Where calls come in by default.
+const LISTEN_DEFAULT: &str = "127.0.0.1:8080";
+/// Where state, images and logs are by default.
+const DATA_DEFAULT: &str = "/var/lib/funtainer";
+
+/// Runs container images as functions: give an image, get a URL.
+#[derive(Debug, Parser)]
+#[command(name = "funtainer", version, max_term_width = 100, disable_help_subcommand = false)]
+#[command(about = "Runs container images as functions: give an image, get a URL")]
+#[command(after_help = "\
+Examples:
+  sudo funtainer serve                                     start the server
+  funtainer deploy hello --image registry.example/hello    make a function of an image, get its URL
+  curl http://127.0.0.1:8080/function/hello                call it; the first call starts it
+  funtainer logs hello                                     see what it wrote
+  echo hi | funtainer run docker.io/library/busybox -- cat
+                                                           run a command-line image once
+
+Exit codes: 0 done, 1 failed, 2 wrong usage; `run` ends with the image's own code.")]
+pub(crate) struct Cli {
+    /// Server to talk to: its admin socket, as unix://PATH
+    #[arg(long, global = true, env = "FUNTAINER_HOST", hide_env_values = true, value_name = "unix://PATH", default_value_t = Host::default(), help_heading = "Global options")]
+    pub(crate) host: Host,
+
+    /// Form of results and errors
+    #[arg(long, global = true, value_enum, value_name = "FORM", default_value_t = Output::Text, help_heading = "Global options")]
+    pub(crate) output: Output,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Serve(Serve),
+    Deploy(Box<Deploy>),
+    Invoke(Invoke),
+    Run(Run),
+    /// List the functions, with their ready instances
+    #[command(after_help = "Example:\n  funtainer list --output json")]
+    List,
+    /// Show all of a function as JSON: revision, image, digest, settings, instances, last error
+    #[command(after_help = "Example:\n  funtainer describe hello")]
+    Describe(Named),
+    Logs(Logs),
+    Scale(Scale),
+    /// Remove a function; calls in flight may finish
+    #[command(after_help = "Example:\n  funtainer remove hello")]
+    Remove(Named),
+    Pull(Pull),
+    /// List the images in the store
+    #[command(after_help = "Example:\n  funtainer images --output json")]
+    Images,
+    #[command(subcommand)]
+    Image(Image),
+    /// Show the versions of this program and of the server
+    Version,
+    #[command(hide = true)]
+    Daemon(Daemon),
+}
+
+/// Start the server
+///
+/// Calls come in over HTTP on --listen, at /function/NAME. Everything else, such as deploys, goes through the admin socket, which only
+/// root and the group funtainer can open. Needs root and Linux 6.14 or later; a missing feature is named.
+///
+/// When it is ready, standard output says `listening on http://ADDR`. Logs go to standard error. SIGTERM and Ctrl-C let calls in flight
+/// finish for at most 10 s, and leave nothing behind.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo funtainer serve
+  sudo funtainer serve --listen 0.0.0.0:80
+  sudo funtainer serve --listen 127.0.0.1:0 --admin /tmp/f.sock --data /tmp/f    a second server beside the first
+
+FUNTAINER_LOG sets what is logged (error, warn, info, debug, or filters such as funtainer_engine=debug); default info.")]
+pub(crate) struct Serve {
+    /// Address for calls; port 0 picks a free one
+    #[arg(long, value_name = "ADDR", default_value = LISTEN_DEFAULT)]
+    pub(crate) listen: SocketAddr,
+    /// Path of the admin socket; a stale one is replaced
+    #[arg(long, value_name = "SOCKET", default_value = ADMIN_DEFAULT)]
+    pub(crate) admin: PathBuf,
+    /// Directory of state, images and logs; made if missing
+    #[arg(long, value_name = "DIR", default_value = DATA_DEFAULT)]
+    pub(crate) data: PathBuf,
+}
+
+/// Make a function of an image, or replace it
+///
+/// The image is resolved to its digest and pulled once. A function of contract http is returned when one instance was started and found
+/// good; one of contract stdio when its command was found in the image. A running function goes on until then, and stays as it was if the
+/// deploy fails. Prints the URL to call.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  funtainer deploy hello --image registry.example/hello:1.2
+  funtainer deploy site --image localhost:5000/site --port 3000 --env MODE=fast --min 1
+  funtainer deploy upper --image docker.io/library/busybox --contract stdio \\
+      --arg tr --arg a-z --arg A-Z
+
+Sizes are numbers with K, M or G; durations with ms, s, m or h.")]
+pub(crate) struct Deploy {
+    /// Name of the function
+    pub(crate) name: String,
+    /// Image to run: [registry/]repository[:tag][@sha256:..]
+    #[arg(long, value_name = "REF")]
+    pub(crate) image: String,
+    /// Port of the server in the image [default: the single EXPOSE, else 8080]
+    #[arg(long, value_name = "N")]
+    pub(crate) port: Option<NonZeroU16>,
+    /// How the image is spoken to
+    #[arg(long, value_enum, default_value_t = ContractArg::Http)]
+    pub(crate) contract: ContractArg,
+    /// Environment variable on top of the image's; can be repeated
+    #[arg(long, value_name = "K=V")]
+    pub(crate) env: Vec<EnvVar>,
+    /// Argument of the command, instead of the image's CMD; can be repeated
+    #[arg(long = "arg", value_name = "A", allow_hyphen_values = true)]
+    pub(crate) args: Vec<String>,
+    /// Memory of an instance, writable files included [default: 512M]
+    #[arg(long, value_name = "M")]
+    pub(crate) memory: Option<ByteSize>,
+    /// Calls at once in one instance [default: 80; stdio: 1]
+    #[arg(long, value_name = "N")]
+    pub(crate) concurrency: Option<NonZeroU32>,
+    /// Instances that are kept without calls [default: 0]
+    #[arg(long, value_name = "N")]
+    pub(crate) min: Option<u32>,
+    /// Instances at most [default: 20]
+    #[arg(long, value_name = "N")]
+    pub(crate) max: Option<u32>,
+    /// How long an instance stays without a call [default: 10m]
+    #[arg(long, value_name = "D", value_parser = duration)]
+    pub(crate) idle_timeout: Option<String>,
+    /// How long a call may take [default: 300s]
+    #[arg(long, value_name = "D", value_parser = duration)]
+    pub(crate) timeout: Option<String>,
+    /// Say nothing of the progress
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+/// Call a function through the admin socket
+///
+/// The body is streamed from --data, else from standard input where that is a pipe or a file. The function's answer goes to standard
+/// output. An answer of status 400 and above is an error: exit code 1.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  funtainer invoke hello
+  funtainer invoke hello --path '/greet?name=Ada'
+  funtainer invoke upper -d 'make me tall'
+  funtainer invoke resize -d @photo.jpg > small.jpg
+  cat big.csv | funtainer invoke count")]
+pub(crate) struct Invoke {
+    /// Name of the function
+    pub(crate) name: String,
+    /// Body: text, @FILE for a file's content, or @- for standard input
+    #[arg(long, short, value_name = "DATA|@FILE", allow_hyphen_values = true)]
+    pub(crate) data: Option<String>,
+    /// Path and query behind the function's name
+    #[arg(long, value_name = "PATH", default_value = "/")]
+    pub(crate) path: String,
+    /// Method [default: POST with a body, else GET]
+    #[arg(long, short = 'X', value_name = "METHOD")]
+    pub(crate) method: Option<String>,
+    /// Header as 'Name: value'; can be repeated
+    #[arg(long, short = 'H', value_name = "HEADER")]
+    pub(crate) header: Vec<String>,
+    /// Show status and headers of the answer before its body
+    #[arg(long, short)]
+    pub(crate) include: bool,
+}
+
+/// Run a command-line image once
+///
+/// Standard input, output and error are the command's own. It runs in a fresh container through the server, and ends when this command
+/// is ended.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  funtainer run docker.io/library/busybox -- echo hello
+  cat page.md | funtainer run registry.example/pandoc -- -t html > page.html
+
+Exit codes: the image's own; 128 + N when it was killed by signal N; 125 when the platform failed;
+126 when the command cannot be executed; 127 when it is not in the image.")]
+pub(crate) struct Run {
+    /// Image to run
+    pub(crate) image: String,
+    /// Arguments of the command, instead of the image's CMD
+    #[arg(last = true, value_name = "ARGS")]
+    pub(crate) args: Vec<String>,
+    /// Environment variable on top of the image's; can be repeated
+    #[arg(long, value_name = "K=V")]
+    pub(crate) env: Vec<EnvVar>,
+    /// Memory of the container, writable files included [default: 512M]
+    #[arg(long, value_name = "M")]
+    pub(crate) memory: Option<ByteSize>,
+    /// Say nothing of the progress
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+/// Show what a function wrote to standard output and standard error
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  funtainer logs hello --tail 20
+  funtainer logs -f hello")]
+pub(crate) struct Logs {
+    /// Name of the function
+    pub(crate) name: String,
+    /// Go on with what comes
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Lines from the end [default: 1000]
+    #[arg(long, value_name = "N")]
+    pub(crate) tail: Option<usize>,
+}
+
+/// Start or end instances now
+///
+/// Returns when all that were started are ready and all that were ended are gone (SIGTERM, and SIGKILL after 10 s). It is no setting: the
+/// next call starts what it needs, and idle ones end as always. The number lies within --min and --max of the deploy; 0 is always allowed.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  funtainer scale hello 3
+  funtainer scale hello 0    the next call is a cold one")]
+pub(crate) struct Scale {
+    /// Name of the function
+    pub(crate) name: String,
+    /// Number of instances
+    #[arg(value_name = "N")]
+    pub(crate) instances: u32,
+}
+
+/// A command about one function.
+#[derive(Debug, Args)]
+pub(crate) struct Named {
+    /// Name of the function
+    pub(crate) name: String,
+}
+
+/// Fetch an image from its registry
+///
+/// Replaces an imported image of the name. A deploy pulls by itself; this is for doing it beforehand.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  funtainer pull docker.io/library/nginx:1.27
+  funtainer pull localhost:5000/hello          registries on loopback are spoken to in plain HTTP")]
+pub(crate) struct Pull {
+    /// Image to fetch
+    #[arg(value_name = "REF")]
+    pub(crate) image: String,
+    /// Say nothing of the progress
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+/// Take in images from files
+#[derive(Debug, Subcommand)]
+pub(crate) enum Image {
+    Import(Import),
+}
+
+/// Take in an OCI image layout: a directory, or a tar archive of one
+///
+/// The bytes are sent to the server, which never sees the path. The image is used by its name without asking a registry, until `pull`
+/// replaces it.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  funtainer image import ./hello-oci --name hello:1
+  funtainer image import hello.tar
+  skopeo copy docker-daemon:hello:1 oci-archive:/dev/stdout:hello:1 | funtainer image import -")]
+pub(crate) struct Import {
+    /// Directory or archive; - for an archive on standard input
+    pub(crate) path: PathBuf,
+    /// Name of the image, instead of those in the archive
+    #[arg(long, value_name = "REF")]
+    pub(crate) name: Option<String>,
+    /// Say nothing of the progress
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+/// The unprivileged side of the server; started by `serve`, not by hand
+#[derive(Debug, Args)]
+pub(crate) struct Daemon {
+    /// Number of TCP listeners handed over.
+    #[arg(long)]
+    pub(crate) listeners: usize,
+}
+
+/// How an image is spoken to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ContractArg {
+    /// The image is an HTTP server that listens on PORT
+    Http,
+    /// The image is a command: input on standard input, answer on standard output, a fresh container for each call
+    Stdio,
+}
+
+/// Form of results.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people
+    Text,
+    /// For programs; errors are RFC 9457 problems
+    Json,
+}
+
+/// Where the server's admin socket is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Host(PathBuf);
+
+/// A text that says no such place.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "'{0}' is no place of a server: write unix:// and the absolute path of its admin socket, such as unix://{ADMIN_DEFAULT}"
+)]
+pub(crate) struct HostError(String);
+
+impl Host {
+    /// Path of the socket.
+    pub(crate) fn socket(&self) -> &std::path::Path {
+        &self.0
+    }
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Self(ADMIN_DEFAULT.into())
+    }
+}
+
+impl FromStr for Host {
+    type Err = HostError;
+
+    fn from_str(text: &str) -> Result<Self, HostError> {
+        match text.strip_prefix("unix://") {
+            Some(path) if path.starts_with('/') => Ok(Self(path.into())),
+            _ => Err(HostError(text.to_owned())),
+        }
+    }
+}
+
+impl std::fmt::Display for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "unix://{}", self.0.display())
+    }
+}
+
+/// A duration that the server will understand, as it was written.
+fn duration(text: &str) -> Result<String, QuantityError> {
+    parse_duration(text).map(|_| text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("funtainer").chain(line.split(' ')))
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_of_the_scripts_is_understood() {
+        for line in [
+            "serve",
+            "serve --listen 127.0.0.1:0 --admin /tmp/a.sock --data /tmp/d",
+            "deploy f --image i",
+            "deploy f --image i --port 80 --contract stdio --env A=b --env C=d=e --arg -x --arg y --memory 64M --concurrency 3 --min 1 --max 2 --idle-timeout 10s --timeout 1m",
+            "image import dir",
+            "image import - --name a/b:1",
+            "pull i",
+            "images",
+            "images --output json",
+            "list --output json",
+            "--output json list",
+            "describe f",
+            "invoke f",
+            "invoke f -d x",
+            "invoke f -d @x",
+            "invoke f --data -",
+            "logs f",
+            "logs -f f --tail 3",
+            "remove f",
+            "version",
+            "scale f 3",
+            "run i",
+            "run i -- a --b -c",
+            "list --host unix:///tmp/x",
+        ] {
+            assert!(parse(line).is_ok(), "{line}: {}", parse(line).unwrap_err());
+        }
+    }
+
+    #[test]
+    fn wrong_usage_ends_with_two() {
+        for line in [
+            "",
+            "frobnicate",
+            "deploy f",
+            "deploy f --image i --port 0",
+            "deploy f --image i --port 70000",
+            "deploy f --image i --memory much",
+            "deploy f --image i --timeout soon",
+            "deploy f --image i --env A",
+            "deploy f --image i --contract lambda",
+            "serve --listen nowhere",
+            "scale f",
+            "scale f -1",
+            "run i a",
+            "list --host tcp://x",
+            "list --host unix://relative",
+            "list --output xml",
+            "image",
+        ] {
+            assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn arguments_of_a_run_are_its_own() {
+        let Command::Run(run) = parse("run i -- --host x -q").unwrap().command else { panic!("a run") };
+        assert_eq!((run.image.as_str(), run.quiet), ("i", false));
+        assert_eq!(run.args, ["--host", "x", "-q"]);
+    }
+
+    #[test]
+    fn help_shows_what_there_is() {
+        let mut command = Cli::command().term_width(100);
+        insta::assert_snapshot!("help", command.render_long_help().to_string());
+        for name in ["serve", "deploy", "invoke", "run", "scale"] {
+            let subcommand = command.find_subcommand_mut(name).unwrap();
+            insta::assert_snapshot!(format!("help_{name}"), subcommand.render_long_help().to_string());
+        }
+    }
+}

@@ -1,0 +1,32 @@
+//! `serve`: this process becomes the keeper.
+
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+
+use funtainer_sandbox::keeper::{self, KeeperSettings};
+
+use crate::args::Serve;
+
+/// Runs the server until it is asked to stop. No thread may be there yet.
+pub(crate) fn serve(serve: Serve) -> anyhow::Result<ExitCode> {
+    let settings = KeeperSettings {
+        listen: serve.listen,
+        admin: serve.admin,
+        data: serve.data,
+        daemon: vec!["funtainer".into(), "daemon".into()],
+        announce,
+        log,
+    };
+    Ok(keeper::run(settings)?.exit_code().into())
+}
+
+fn announce(address: SocketAddr) {
+    let mut stdout = std::io::stdout().lock();
+    // Nobody need wait for it.
+    let _ = writeln!(stdout, "listening on http://{address}").and_then(|()| stdout.flush());
+}
+
+fn log(line: &str) {
+    let _ = writeln!(std::io::stderr(), "keeper: {line}");
+}

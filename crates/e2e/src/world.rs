@@ -1,0 +1,151 @@
+//! The world of one test: made for it, and put away after it whatever happened.
+
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use tempfile::TempDir;
+
+use crate::leak::{Scope, Snapshot, Subject};
+use crate::paths;
+use crate::server::{Places, Server, Troubles, tail};
+
+/// Scenarios that run at once: each has a server and some containers, and most of its time it waits.
+const SCENARIOS_MAX: usize = 4;
+
+static RUNNING: (Mutex<usize>, Condvar) = (Mutex::new(0), Condvar::new());
+
+/// What a scenario works with.
+pub struct World {
+    home: TempDir,
+    scope: Scope,
+    before: Snapshot,
+    servers: RefCell<Vec<Served>>,
+}
+
+/// A server that was started in this world.
+struct Served {
+    places: Places,
+    port: u16,
+    troubles: Troubles,
+}
+
+/// Runs a test in a world of its own; afterwards nothing may be left of it. Servers are local variables of the test: they are stopped at its end
+/// by SIGTERM, as an operator would, or were stopped or killed by the test itself.
+pub fn scenario(test: impl FnOnce(&World) -> Result<()>) -> Result<()> {
+    ensure!(rustix::process::geteuid().is_root(), "this test starts containers: run it as root, as `cargo xtask test` does");
+    let _turn = Turn::take();
+    let world =
+        World { home: paths::scratch("e2e")?, scope: Scope::create()?, before: Snapshot::take()?, servers: RefCell::default() };
+    let outcome = test(&world);
+    let outcome = match outcome {
+        Ok(()) => world.check(),
+        Err(error) => Err(error),
+    };
+    outcome.map_err(|error| {
+        let said = world.log();
+        let killed = world.scope.kill();
+        let error = error.context(format!("the servers' log ended with\n{said}\nand the test failed"));
+        match killed {
+            Ok(()) => error,
+            Err(more) => anyhow!("{error:#}\nand its processes cannot be ended: {more:#}"),
+        }
+    })
+}
+
+impl World {
+    /// A directory for the test's own files.
+    pub fn home(&self) -> &Path {
+        self.home.path()
+    }
+
+    /// The fence around the processes of this world.
+    pub fn scope(&self) -> &Scope {
+        &self.scope
+    }
+
+    /// Starts a server with a new data directory on a free port.
+    pub fn serve(&self) -> Result<Server> {
+        let number = self.servers.borrow().len();
+        let home = self.home.path();
+        let places = Places {
+            data: home.join(format!("data{number}")),
+            admin: home.join(format!("admin{number}.sock")),
+            log: home.join("serve.log"),
+        };
+        self.serve_at(&places, "127.0.0.1:0")
+    }
+
+    /// Starts a server at places that may have been used before.
+    pub fn serve_at(&self, places: &Places, listen: &str) -> Result<Server> {
+        let server = Server::start(places, listen, Some(&self.scope))?;
+        self.servers.borrow_mut().push(Served {
+            places: places.clone(),
+            port: server.address().port(),
+            troubles: server.troubles(),
+        });
+        Ok(server)
+    }
+
+    /// Whose leaks are looked for: those of every server that was started here.
+    pub fn subject(&self) -> Subject<'_> {
+        let servers = self.servers.borrow();
+        let data: std::collections::BTreeSet<PathBuf> = servers.iter().map(|served| served.places.data.clone()).collect();
+        let admin: std::collections::BTreeSet<PathBuf> = servers.iter().map(|served| served.places.admin.clone()).collect();
+        Subject {
+            scope: Some(&self.scope),
+            data: data.into_iter().collect(),
+            admin: admin.into_iter().collect(),
+            ports: servers.iter().map(|served| served.port).collect(),
+            killed: false,
+        }
+    }
+
+    /// The state of the machine before the test.
+    pub fn before(&self) -> &Snapshot {
+        &self.before
+    }
+
+    fn check(&self) -> Result<()> {
+        for served in &*self.servers.borrow() {
+            if let Some(trouble) = served.troubles.borrow().first() {
+                bail!("{trouble}");
+            }
+        }
+        let leaks = self.subject().leaks(&self.before).context("the leak check itself failed")?;
+        if leaks.is_empty() {
+            return Ok(());
+        }
+        let list: Vec<_> = leaks.iter().map(|leak| format!("  {leak}")).collect();
+        bail!("left behind:\n{}", list.join("\n"))
+    }
+
+    fn log(&self) -> String {
+        let servers = self.servers.borrow();
+        servers.first().map_or_else(|| "(no server was started)".to_owned(), |served| tail(&served.places.log))
+    }
+}
+
+/// One of the scenarios that may run at once.
+struct Turn;
+
+impl Turn {
+    fn take() -> Self {
+        let (count, free) = &RUNNING;
+        let mut count = count.lock().unwrap_or_else(PoisonError::into_inner);
+        while *count >= SCENARIOS_MAX {
+            count = free.wait(count).unwrap_or_else(PoisonError::into_inner);
+        }
+        *count += 1;
+        Self
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let (count, free) = &RUNNING;
+        *count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        free.notify_one();
+    }
+}

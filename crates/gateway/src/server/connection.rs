@@ -1,0 +1,150 @@
+//! One connection, from its first byte to its close.
+
+use std::convert::Infallible;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use funtainer_model::{ErrorCode, Failure};
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::watch;
+
+use super::wire::{Wire, WireState};
+use super::{HEAD_BYTES_MAX, HEAD_TIMEOUT, Stop};
+use crate::rescue::{Occasion, Reader, Rescue};
+use crate::route::{self, Door, Gateway};
+
+/// Most header fields of a request; hyper parses them on the stack.
+const HEAD_FIELDS_MAX: usize = 100;
+/// How long and how much is still read after the last answer: closing at once would make the kernel reset the connection, and
+/// the client could lose the answer.
+const LINGER_TIME: Duration = Duration::from_secs(1);
+const LINGER_BYTES_MAX: u64 = 1024 * 1024;
+
+/// A stream that a connection can be on.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for S {}
+
+/// What follows on a connection after an answer `101 Switching Protocols`.
+pub(crate) type Tunnel = Box<dyn FnOnce(TunnelStream) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
+
+/// The bytes that came behind the request, and both directions of the connection.
+pub(crate) struct TunnelStream {
+    /// Was read before the switch.
+    pub(crate) early: Bytes,
+    /// The rest of what comes.
+    pub(crate) reader: Box<dyn AsyncRead + Send + Unpin>,
+    /// The way back.
+    pub(crate) writer: Box<dyn AsyncWrite + Send + Unpin>,
+}
+
+/// Where a handler that answers 101 leaves what follows. An extension of each request.
+#[derive(Clone, Default)]
+pub(crate) struct TunnelSlot(Arc<Mutex<Option<Tunnel>>>);
+
+impl TunnelSlot {
+    /// To be called before the answer 101 is given.
+    pub(crate) fn put(&self, tunnel: Tunnel) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(tunnel);
+    }
+
+    fn take(&self) -> Option<Tunnel> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// The settings of every connection.
+pub(super) fn builder() -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_header_size(HEAD_BYTES_MAX);
+    // One write for a head with a small body. Not `pipeline_flush`: it keeps an answer back while the next request is there in part.
+    builder.writev(false);
+    builder
+}
+
+/// Serves the connection until it ends or `stopped` says so.
+pub(super) async fn serve<S: Stream>(
+    builder: http1::Builder,
+    stream: S,
+    gateway: Arc<Gateway>,
+    door: Door,
+    mut stopped: watch::Receiver<Stop>,
+) {
+    let state = Arc::new(WireState::default());
+    let slot = TunnelSlot::default();
+    let service = hyper::service::service_fn(|mut request| {
+        let (gateway, door, state) = (&gateway, &door, &state);
+        if matches!(door, Door::Admin) {
+            request.extensions_mut().insert(slot.clone());
+        }
+        async move { Ok::<_, Infallible>(route::answer(gateway, door, state, request).await) }
+    });
+    let mut connection = builder.serve_connection(TokioIo::new(Wire::new(stream, Arc::clone(&state))), service);
+    let mut stop = pin!(Stop::deadline(&mut stopped));
+    let mut stopping = false;
+    let end = poll_fn(|cx| {
+        state.next_round();
+        if !stopping && stop.as_mut().poll(cx).is_ready() {
+            stopping = true;
+            Pin::new(&mut connection).graceful_shutdown();
+        }
+        Pin::new(&mut connection).poll(cx)
+    })
+    .await;
+    let end_is_parse_error = matches!(&end, Err(error) if error.is_parse());
+    let parts = connection.into_parts();
+    let (mut stream, held_back, eof) = parts.io.into_inner().into_parts();
+    match end {
+        Ok(()) => {
+            if let Some(tunnel) = slot.take() {
+                let (reader, writer) = tokio::io::split(stream);
+                tunnel(TunnelStream { early: parts.read_buf, reader: Box::new(reader), writer: Box::new(writer) }).await;
+                return;
+            }
+        }
+        Err(error) if error.is_parse() => {
+            if held_back || error.is_parse_version_h2() {
+                let _ = stream.write_all(&refusal(unparsable(&error))).await;
+            }
+        }
+        Err(error) => {
+            tracing::debug!(%error, "a connection broke off");
+            return;
+        }
+    }
+    // A connection that ends because the server does has been quiet, or its last request was answered.
+    let answered_early = !stopping || end_is_parse_error;
+    if stream.shutdown().await.is_ok() && !eof && answered_early {
+        let rest = async { tokio::io::copy(&mut stream.take(LINGER_BYTES_MAX), &mut tokio::io::sink()).await };
+        let _ = tokio::time::timeout(LINGER_TIME, rest).await;
+    }
+}
+
+/// An answer outside of HTTP's give and take, as bytes. The connection ends with it.
+pub(super) fn refusal(failure: Failure) -> Vec<u8> {
+    let id = crate::call_id::new();
+    let rescue = Rescue::from(failure);
+    rescue.log(id, None);
+    let (status, headers, body) = rescue.parts(Occasion::Call, Reader::Person, id);
+    let mut bytes = format!("HTTP/1.1 {} {}\r\n", status.as_u16(), status.canonical_reason().unwrap_or_default()).into_bytes();
+    for (name, value) in &headers {
+        bytes.extend_from_slice(&[name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"].concat());
+    }
+    bytes.extend_from_slice(format!("content-length: {}\r\nconnection: close\r\n\r\n", body.len()).as_bytes());
+    bytes.extend_from_slice(&body);
+    bytes
+}
+
+fn unparsable(error: &hyper::Error) -> Failure {
+    if error.is_parse_too_large() {
+        let detail = format!("the head of the request has more than {HEAD_BYTES_MAX} bytes or {HEAD_FIELDS_MAX} fields");
+        return Failure::new(ErrorCode::HeaderTooLarge, detail);
+    }
+    let hint = "send HTTP/1.1, without TLS";
+    Failure::new(ErrorCode::BadRequest, format!("the request is not HTTP/1.1: {error}")).with_hint(hint)
+}

@@ -1,0 +1,125 @@
+//! Debian packages that the demo, the tests and the benchmark use. Installing one never starts a service.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+/// A program and the package that has it.
+pub(crate) struct Tool {
+    program: &'static str,
+    package: &'static str,
+}
+
+const fn tool(program: &'static str, package: &'static str) -> Tool {
+    Tool { program, package }
+}
+
+/// For `demo`.
+pub(crate) const DEMO: &[Tool] =
+    &[tool("docker-registry", "docker-registry"), tool("skopeo", "skopeo"), tool("/bin/busybox", "busybox-static")];
+
+/// For `image`.
+pub(crate) const IMAGE: &[Tool] = &[tool("/bin/busybox", "busybox-static")];
+
+/// For `image python`.
+pub(crate) const PYTHON_IMAGE: &[Tool] = &[tool("mmdebstrap", "mmdebstrap")];
+
+/// For `test`.
+pub(crate) const TEST: &[Tool] = &[
+    tool("docker-registry", "docker-registry"),
+    tool("skopeo", "skopeo"),
+    tool("/bin/busybox", "busybox-static"),
+    tool("umoci", "umoci"),
+    tool("mmdebstrap", "mmdebstrap"),
+    tool("fsck.erofs", "erofs-utils"),
+    tool("setfattr", "attr"),
+    tool("unshare", "util-linux"),
+    tool("runc", "runc"),
+    tool("nginx", "nginx-light"),
+    tool("wrk", "wrk"),
+];
+
+/// For `bench`.
+pub(crate) const BENCH: &[Tool] =
+    &[tool("/bin/busybox", "busybox-static"), tool("runc", "runc"), tool("nginx", "nginx-light"), tool("wrk", "wrk")];
+
+/// Debian asks this program before it starts a service (invoke-rc.d(8)).
+const POLICY: &str = "/usr/sbin/policy-rc.d";
+/// Exit code 101: no action is allowed.
+const POLICY_TEXT: &str = "#!/bin/sh\nexit 101\n";
+
+/// Installs the packages whose programs are missing.
+pub(crate) fn install(tools: &[Tool]) -> Result<()> {
+    let missing: Vec<_> = tools.iter().filter(|tool| !is_there(tool.program)).map(|tool| tool.package).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    ensure!(
+        is_there("apt-get"),
+        "{} missing, and there is no apt-get to install them: install them by the means of this system",
+        missing.join(", ")
+    );
+    eprintln!("installing {} (no service is started)", missing.join(", "));
+    let _policy = Policy::forbid()?;
+    if apt(&["install"], &missing).is_err() {
+        apt(&["update"], &[])?;
+        apt(&["install"], &missing)?;
+    }
+    let absent: Vec<_> = tools.iter().filter(|tool| !is_there(tool.program)).map(|tool| tool.program).collect();
+    ensure!(absent.is_empty(), "installed, but still not found: {}", absent.join(", "));
+    Ok(())
+}
+
+/// Whether a program is in the path (or, with a slash, at its place).
+pub(crate) fn is_there(program: &str) -> bool {
+    if program.contains('/') {
+        return Path::new(program).exists();
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    // Debian's system programs are out of the path of some shells.
+    let more = ["/usr/sbin", "/sbin"].map(Into::into);
+    std::env::split_paths(&path).chain(more).any(|directory| directory.join(program).is_file())
+}
+
+fn apt(command: &[&str], packages: &[&str]) -> Result<()> {
+    let status = Command::new("apt-get")
+        .args(["--quiet", "--quiet", "--yes", "--no-install-recommends", "-o", "Dpkg::Use-Pty=0"])
+        .args(command)
+        .args(packages)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .env("RUNLEVEL", "1")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()
+        .context("cannot start apt-get")?;
+    ensure!(status.success(), "apt-get {} {} failed with {status}", command.join(" "), packages.join(" "));
+    Ok(())
+}
+
+/// Forbids services to start while packages are installed. A policy that the machine has already is left as it is.
+struct Policy {
+    made: bool,
+}
+
+impl Policy {
+    fn forbid() -> Result<Self> {
+        let made = !Path::new(POLICY).exists();
+        if made {
+            fs::write(POLICY, POLICY_TEXT)
+                .with_context(|| format!("cannot write {POLICY}: root is needed to install packages"))?;
+            fs::set_permissions(POLICY, fs::Permissions::from_mode(0o755))?;
+        }
+        Ok(Self { made })
+    }
+}
+
+impl Drop for Policy {
+    fn drop(&mut self) {
+        if self.made && fs::remove_file(POLICY).is_err() {
+            eprintln!("warning: {POLICY} cannot be removed and keeps services from starting");
+        }
+    }
+}
