@@ -26,6 +26,9 @@ const LOW: usize = 4;
 const KEPT_MAX: usize = 32;
 /// How long a zygote may take to make sockets; it takes about 50 µs.
 const REFILL_TIME_MAX: Duration = Duration::from_secs(5);
+/// How soon a connection is asked for again where a server's queue is full, at first and at most.
+const QUEUE_PAUSE_MIN: Duration = Duration::from_millis(1);
+const QUEUE_PAUSE_MAX: Duration = Duration::from_millis(32);
 /// How long the connection that found the instance ready waits for the first call. A server with one worker may take nobody else meanwhile.
 const FIRST_TIME_MAX: Duration = Duration::from_secs(1);
 
@@ -160,17 +163,11 @@ impl Sockets {
                 None => self.provide(&address).await?,
             }
         };
-        let attempt = attempt(&fd, &address)?;
-        if attempt == Attempt::Refused {
+        if !insist(&fd, &address).await? {
             self.put_back(&address, fd);
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
-        let stream = TcpStream::from_std(StdStream::from(fd))?;
-        if attempt == Attempt::Pending {
-            stream.writable().await?;
-            stream.take_error()?.map_or(Ok(()), Err)?;
-        }
-        Ok(stream)
+        TcpStream::from_std(StdStream::from(fd))
     }
 
     /// Asks for more on the side, unless somebody does already.
@@ -233,6 +230,26 @@ pub(crate) fn attempt(fd: &OwnedFd, address: &SocketAddr) -> io::Result<Attempt>
     }
 }
 
+/// Connects, or says false where nobody listens. A server whose queue is full drops what asks for a connection, and the kernel would ask
+/// again after a second only: here it is asked anew after milliseconds.
+async fn insist(fd: &OwnedFd, address: &SocketAddr) -> io::Result<bool> {
+    let mut pause = QUEUE_PAUSE_MIN;
+    loop {
+        match attempt(fd, address)? {
+            Attempt::Connected => return Ok(true),
+            Attempt::Refused => return Ok(false),
+            Attempt::Pending => {}
+        }
+        tokio::time::sleep(pause).await;
+        if attempt(fd, address)? == Attempt::Connected {
+            return Ok(true);
+        }
+        // The bound address stays (tcp_disconnect of the kernel).
+        rustix::net::connect_unspec(fd)?;
+        pause = QUEUE_PAUSE_MAX.min(pause * 2);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::TcpListener;
@@ -244,6 +261,37 @@ mod tests {
     fn unconnected() -> OwnedFd {
         rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None)
             .unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_is_waited_for_without_the_kernels_second() {
+        let listener = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let listener = TcpListener::from(listener);
+        let address = listener.local_addr().unwrap();
+        let mut filling = Vec::new();
+        loop {
+            let fd = unconnected();
+            let attempt = attempt(&fd, &address).unwrap();
+            filling.push(fd);
+            if attempt == Attempt::Pending {
+                break;
+            }
+        }
+        let begun = std::time::Instant::now();
+        let fd = unconnected();
+        let mut insisting = std::pin::pin!(insist(&fd, &address));
+        tokio::select! {
+            biased;
+            _ = &mut insisting => panic!("the queue is full"),
+            () = std::future::ready(()) => {}
+        }
+        // All but the last, which the kernel dropped.
+        let accepted: Vec<_> = filling.iter().skip(1).map(|_| listener.accept().unwrap()).collect();
+        assert!(insisting.await.unwrap());
+        assert!(begun.elapsed() < Duration::from_millis(800), "{:?}", begun.elapsed());
+        drop(accepted);
     }
 
     #[test]

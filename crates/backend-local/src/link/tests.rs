@@ -32,7 +32,10 @@ impl Peer {
 fn link() -> (Arc<Link>, Peer, tokio::sync::mpsc::UnboundedReceiver<Event>) {
     let (ours, theirs) = fds::pair().unwrap();
     let (events, received) = tokio::sync::mpsc::unbounded_channel();
-    let link = Link::open(ours, move |event| drop(events.send(event))).unwrap();
+    let link = Link::open(ours, move |event| {
+        let _ = events.send(event);
+    })
+    .unwrap();
     (Arc::new(link), Peer(theirs), received)
 }
 

@@ -17,7 +17,7 @@ use anyhow::{Context, Result, bail, ensure};
 use funtainer_sandbox::keeper::{self, KeeperSettings};
 
 /// Everything together takes about three seconds.
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_mins(2);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
