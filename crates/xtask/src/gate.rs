@@ -104,7 +104,7 @@ fn take(step: Step, options: &Options, tally: &mut Tally) -> Result<()> {
         }
         Step::Fuzz => fuzz(),
         Step::Tests => tests(options.filter.as_deref(), tally),
-        Step::Demo => succeed(Command::new(build::program("demo")?).env("FUNTAINER_BIN", build::funtainer()?)),
+        Step::Demo => succeed(build::outside(Command::new(build::program("demo")?)).env("FUNTAINER_BIN", build::funtainer()?)),
     }
 }
 
@@ -113,7 +113,7 @@ fn format() -> Result<()> {
     succeed(build::cargo().args(["fmt", "--all", "--check"]))?;
     let top = build::metadata()?.workspace_root.into_std_path_buf();
     let sources = ["examples/hello/main.rs", "crates/e2e/programs/probe.rs"].map(|source| top.join(source));
-    succeed(Command::new("rustfmt").args(["--edition", "2024", "--check"]).args(sources))
+    succeed(build::outside(Command::new("rustfmt")).args(["--edition", "2024", "--check"]).args(sources))
 }
 
 /// Builds every fuzz target, where the tools for it are installed; says loudly where they are not.
@@ -132,9 +132,9 @@ fn fuzz() -> Result<()> {
         return Ok(());
     }
     // The variables of the cargo that started us name its toolchain; this is another one.
-    let mut command = Command::new("cargo");
+    let mut command = build::outside(Command::new("cargo"));
     command.args(["+nightly", "fuzz", "build"]).current_dir(&top);
-    succeed(command.env_remove("CARGO").env_remove("RUSTC").env_remove("RUSTUP_TOOLCHAIN"))
+    succeed(command.env_remove("RUSTC").env_remove("RUSTUP_TOOLCHAIN"))
 }
 
 /// Unit tests first, because they fail fastest; then the scenarios.
