@@ -42,8 +42,8 @@ fn unchanged(smaps: &str) -> Vec<Mapping> {
     let mut found = Vec::new();
     let mut candidate = None;
     for line in smaps.lines() {
-        if let Some(mapping) = head(line) {
-            candidate = mapping;
+        if let Some((mapping, is_candidate)) = head(line) {
+            candidate = is_candidate.then_some(mapping);
         } else if line.split_ascii_whitespace().eq(["Anonymous:", "0", "kB"]) {
             found.extend(candidate.take());
         }
@@ -51,15 +51,16 @@ fn unchanged(smaps: &str) -> Vec<Mapping> {
     found
 }
 
-/// Of a mapping's first line, `START-END MODE OFFSET DEVICE INODE PATH`: the mapping if it is a candidate. `None` for other lines.
-fn head(line: &str) -> Option<Option<Mapping>> {
+/// Of a mapping's first line, `START-END MODE OFFSET DEVICE INODE PATH`: the mapping, and whether it is a file's, private, readable and not
+/// writable. `None` for other lines.
+fn head(line: &str) -> Option<(Mapping, bool)> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let hexadecimal = |digits| usize::from_str_radix(digits, 16).ok();
     let (start, end) = (hexadecimal(start)?, hexadecimal(end)?);
     let mode = fields.next()?;
     let is_file = fields.nth(3).is_some_and(|path| path.starts_with('/'));
-    Some((is_file && matches!(mode, "r--p" | "r-xp")).then_some(Mapping { start, end }))
+    Some((Mapping { start, end }, is_file && matches!(mode, "r--p" | "r-xp")))
 }
 
 #[cfg(test)]
