@@ -206,7 +206,7 @@ async fn programs_that_do_not_run(backend: &Arc<LocalBackend>) -> Result<()> {
     for (program, code) in [
         ("nothing", "command-not-found"),
         ("/bin/nothing", "command-not-found"),
-        ("/bin/lost", "command-not-found"),
+        ("/bin/lost", "command-not-executable"),
         ("/bin/data", "command-not-executable"),
         ("/bin/garbage", "command-not-executable"),
         ("/bin", "command-not-executable"),
