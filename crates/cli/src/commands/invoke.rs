@@ -75,7 +75,8 @@ async fn body(data: Option<&str>) -> anyhow::Result<Option<Body>> {
                 let opened = async {
                     let file = tokio::fs::File::open(path).await?;
                     // It could be opened, and not be read.
-                    if file.metadata().await?.is_dir() { Err(io::ErrorKind::IsADirectory.into()) } else { Ok(file) }
+                    let directory = file.metadata().await?.is_dir();
+                    if directory { io::Result::Err(io::ErrorKind::IsADirectory.into()) } else { Ok(file) }
                 };
                 let file = opened.await.with_context(|| format!("{path} cannot be read"))?;
                 Ok(Some(stream(file)))
