@@ -68,9 +68,19 @@ impl Images {
 
     /// The layers of an image that was prepared once, from the bottom up.
     pub(crate) async fn layers(&self, digest: Digest) -> Result<Vec<LayerId>, StartError> {
+        Ok(self.get(digest).await?.layers)
+    }
+
+    /// The files of an image that was prepared once.
+    pub(crate) async fn files(&self, digest: Digest) -> Result<impl ImageFiles + use<>, StartError> {
+        let image = self.get(digest).await?;
+        self.store.rootfs(&image).map(Files).map_err(|error| StartError::Image(error.failure()))
+    }
+
+    async fn get(&self, digest: Digest) -> Result<Image, StartError> {
         let reference: ImageRef = format!("image@{digest}").parse().map_err(|_| StartError::ImageGone)?;
         let image = self.store.get(&reference, digest).await.map_err(|error| StartError::Image(error.failure()))?;
-        image.map(|image| image.layers).ok_or(StartError::ImageGone)
+        image.ok_or(StartError::ImageGone)
     }
 }
 
@@ -113,6 +123,10 @@ impl ImageFiles for Files {
 
     fn read(&self, path: &str, bytes_max: usize) -> io::Result<Option<Vec<u8>>> {
         found(self.0.read_file(path, bytes_max as u64))
+    }
+
+    fn read_start(&self, path: &str, bytes_max: usize) -> io::Result<Option<Vec<u8>>> {
+        found(self.0.read_start(path, bytes_max))
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use funtainer_contract::{Exit, ExitFuture, ExitReport, StandardStreams, StartPhases};
+use funtainer_contract::{Exit, ExitFuture, ExitReport, PlanError, StandardStreams, StartPhases, program};
 use funtainer_engine::backend::{Access, RevisionStart, Start, Started};
 use funtainer_model::{ErrorCode, Failure, InstanceId};
 use funtainer_sandbox::protocol::{InitMessage, InitStep, Refusal, Reply, Request};
@@ -58,6 +58,9 @@ pub enum StartError {
         /// Why it failed.
         error: io::Error,
     },
+    /// The program was not executed, and the image's files say why.
+    #[error(transparent)]
+    Program(PlanError),
     /// The first process said something that it has no reason to say, or ended without a word.
     #[error("the instance's first process broke off")]
     Protocol,
@@ -87,6 +90,7 @@ impl StartError {
             Self::Keeper(source) => Failure::new(ErrorCode::SandboxFailed, format!("{self}: {source}")),
             Self::ImageGone => Failure::new(ErrorCode::ImageUnknown, self.to_string()).with_hint("deploy the function again"),
             Self::Image(failure) => failure.clone(),
+            Self::Program(error) => error.failure(),
             Self::Init { program, step, error } => init_failure(program, *step, error),
             Self::Protocol => Failure::new(ErrorCode::SandboxFailed, self.to_string()),
             Self::Io(what, source) => Failure::new(ErrorCode::SandboxFailed, format!("{what} failed: {source}")),
@@ -115,8 +119,22 @@ impl Shared {
             Err(error) => {
                 let error = self.abandoned(instance, guard.sent, exit, error).await;
                 guard.armed = false;
-                Err(error)
+                Err(self.explained(error, &plan).await)
             }
+        }
+    }
+
+    /// Looks into the image where the kernel says "no such file" both of a program and of its interpreter.
+    async fn explained(&self, error: StartError, plan: &RevisionStart) -> StartError {
+        let StartError::Init { step: InitStep::Exec, error: errno, .. } = &error else { return error };
+        if errno.kind() != io::ErrorKind::NotFound {
+            return error;
+        }
+        let Ok(files) = self.images.files(plan.digest).await else { return error };
+        match program::check(&plan.plan, &files) {
+            // What was mounted or written over the image is not seen: then the kernel's word stands.
+            Ok(()) | Err(PlanError::ImageFile { .. }) => error,
+            Err(why) => StartError::Program(why),
         }
     }
 

@@ -117,8 +117,8 @@ Sizes are numbers with K, M or G; durations with ms, s, m or h.")]
 pub(crate) struct Deploy {
     /// Name of the function
     pub(crate) name: String,
-    /// Image to run: [registry/]repository[:tag][@sha256:..]
-    #[arg(long, value_name = "REF")]
+    /// Image to run
+    #[arg(long, value_name = "REF", help = "Image to run: [registry/]repository[:tag][@sha256:..]")]
     pub(crate) image: String,
     /// Port of the server in the image [default: the single EXPOSE, else 8080]
     #[arg(long, value_name = "N")]

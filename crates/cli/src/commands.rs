@@ -36,7 +36,10 @@ pub(crate) async fn run(host: &Host, form: Output, command: Command) -> anyhow::
             let function: Function = client::json(host, Method::POST, &path, Some(&request)).await?;
             match form {
                 Output::Json => streams::json(&function)?,
-                Output::Text => streams::line(&format!("{} has {} instances", function.name, ready(&function)))?,
+                Output::Text => streams::line(&match ready(&function) {
+                    1 => format!("{} has 1 instance", function.name),
+                    count => format!("{} has {count} instances", function.name),
+                })?,
             }
         }
         Command::Remove(named) => {

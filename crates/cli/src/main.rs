@@ -1,4 +1,5 @@
 //! The funtainer executable: the command line, and the two processes of the server.
+#![forbid(unsafe_code)]
 
 mod args;
 mod client;

@@ -10,6 +10,7 @@ mod call;
 mod error;
 pub mod http;
 mod plan;
+pub mod program;
 pub mod stdio;
 
 pub use body::{AnswerBody, BodyError, CallBody};

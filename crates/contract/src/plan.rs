@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use funtainer_model::{Contract, EnvVar, ErrorCode, Failure, FunctionSpec, ImageConfig, StopSignal};
 
 use crate::accounts::{self, AccountError, Identity};
+use crate::program;
 
 /// Most bytes of command line and environment together, so that a start fits into one message to the keeper (128 KiB).
 const COMMAND_BYTES_MAX: usize = 96 * 1024;
@@ -106,6 +107,8 @@ pub trait ImageFiles: Send + Sync {
     fn stat(&self, path: &str) -> io::Result<Option<FileStat>>;
     /// The content of the regular file at `path`, `None` where there is none. More than `bytes_max` is an error.
     fn read(&self, path: &str, bytes_max: usize) -> io::Result<Option<Vec<u8>>>;
+    /// The first bytes of the regular file at `path`, at most `bytes_max`; `None` where there is none.
+    fn read_start(&self, path: &str, bytes_max: usize) -> io::Result<Option<Vec<u8>>>;
 }
 
 /// A file of an image, links followed.
@@ -146,6 +149,22 @@ pub enum PlanError {
     /// The program's file is no executable file.
     #[error("'{0}' cannot be executed: it is no regular file with execute bits")]
     CommandNotExecutable(String),
+    /// The program's file is there, what it is to be run by is not.
+    #[error("'{command}' is in the image, but its interpreter '{interpreter}' is not")]
+    InterpreterNotFound {
+        /// The program.
+        command: String,
+        /// What its first line, or its ELF header, names.
+        interpreter: String,
+    },
+    /// What the program is to be run by is no executable file.
+    #[error("'{command}' cannot be executed: its interpreter '{interpreter}' is no regular file with execute bits")]
+    InterpreterNotExecutable {
+        /// The program.
+        command: String,
+        /// What its first line, or its ELF header, names.
+        interpreter: String,
+    },
     /// USER names somebody who is not in the image's passwd or group file.
     #[error("user '{0}' is not in the image")]
     UserUnknown(String),
@@ -181,7 +200,15 @@ impl PlanError {
         let code = match self {
             Self::NoCommand => ErrorCode::CommandMissing,
             Self::CommandNotFound(_) => ErrorCode::CommandNotFound,
-            Self::CommandNotExecutable(_) => ErrorCode::CommandNotExecutable,
+            Self::CommandNotExecutable(_) | Self::InterpreterNotExecutable { .. } => ErrorCode::CommandNotExecutable,
+            Self::InterpreterNotFound { interpreter, .. } => {
+                let hint = if interpreter.ends_with('\r') {
+                    "save the script with Unix line ends: its first line ends with a carriage return".to_owned()
+                } else {
+                    format!("put '{interpreter}' into the image, or link the program statically")
+                };
+                return Failure::new(ErrorCode::CommandNotExecutable, self.to_string()).with_hint(hint);
+            }
             Self::UserUnknown(_) => ErrorCode::UserUnknown,
             Self::IdTooLarge(_) | Self::TooManyGroups(_) => {
                 return Failure::new(ErrorCode::ImageUnsupported, self.to_string())
@@ -221,11 +248,7 @@ pub fn plan(config: &ImageConfig, files: &dyn ImageFiles, spec: &FunctionSpec) -
         return Err(PlanError::TooLong { bytes });
     }
     let user = User { uid: identity.uid, gid: identity.gid, groups: identity.groups };
-    if spec.contract == Contract::Stdio {
-        let path = env.iter().find(|var| var.name() == "PATH").map_or("", EnvVar::value);
-        check_executable(&argv[0], path, &working_dir, &user, files)?;
-    }
-    Ok(StartPlan {
+    let plan = StartPlan {
         argv,
         env,
         working_dir,
@@ -238,7 +261,11 @@ pub fn plan(config: &ImageConfig, files: &dyn ImageFiles, spec: &FunctionSpec) -
         streams,
         stop_signal: config.stop_signal.unwrap_or(StopSignal::TERM),
         concurrency: spec.scale.concurrency,
-    })
+    };
+    if spec.contract == Contract::Stdio {
+        program::check(&plan, files)?;
+    }
+    Ok(plan)
 }
 
 fn argv(config: &ImageConfig, spec: &FunctionSpec) -> Result<Vec<String>, PlanError> {
@@ -307,62 +334,6 @@ fn identity(user: &str, files: &dyn ImageFiles) -> Result<Identity, PlanError> {
         AccountError::IdTooLarge(id) => PlanError::IdTooLarge(id),
         AccountError::TooManyGroups => PlanError::TooManyGroups(user.to_owned()),
     })
-}
-
-/// As execvp(3) looks for it: the first file of the name in a directory of `PATH` that can be executed; empty and relative
-/// directories count from the working directory. A name with a slash is not looked for.
-fn check_executable(
-    command: &str,
-    path: &str,
-    working_dir: &str,
-    user: &User,
-    files: &dyn ImageFiles,
-) -> Result<(), PlanError> {
-    // `..` stays: it is the parent of where a link leads to.
-    let absolute = |path: &str| {
-        let base = if path.starts_with('/') { "" } else { working_dir };
-        let parts = base.split('/').chain(path.split('/')).filter(|part| !matches!(*part, "" | "."));
-        parts.fold(String::new(), |path, part| path + "/" + part)
-    };
-    let candidates: Vec<String> = if command.is_empty() {
-        Vec::new()
-    } else if command.contains('/') {
-        vec![absolute(command)]
-    } else {
-        path.split(':')
-            .map(|directory| {
-                absolute(&if directory.is_empty() { command.to_owned() } else { format!("{directory}/{command}") })
-            })
-            .collect()
-    };
-    let mut found = false;
-    for path in candidates {
-        let stat = files.stat(&path).map_err(|source| PlanError::ImageFile { path, source })?;
-        let Some(stat) = stat else { continue };
-        if stat.kind == FileKind::Regular && may_execute(&stat, user) {
-            return Ok(());
-        }
-        found = true;
-    }
-    Err(if found {
-        PlanError::CommandNotExecutable(command.to_owned())
-    } else {
-        PlanError::CommandNotFound(command.to_owned())
-    })
-}
-
-/// The kernel's rule: root needs any execute bit, others that of the first class they belong to.
-fn may_execute(stat: &FileStat, user: &User) -> bool {
-    let class = if user.uid == 0 {
-        0o111
-    } else if user.uid == stat.uid {
-        0o100
-    } else if user.gid == stat.gid || user.groups.contains(&stat.gid) {
-        0o010
-    } else {
-        0o001
-    };
-    stat.mode & class != 0
 }
 
 #[cfg(test)]

@@ -371,10 +371,12 @@ async fn a_caller_that_breaks_off_is_told_apart() {
 #[tokio::test]
 async fn dropping_the_call_or_the_answer_ends_the_connection() {
     let (gone, mut ends) = mpsc::channel(2);
-    let (client, connect) = client_of(move |number, mut stream| {
-        let gone = gone.clone();
+    let (came, mut arrivals) = mpsc::channel(2);
+    let (client, _) = client_of(move |number, mut stream| {
+        let (gone, came) = (gone.clone(), came.clone());
         async move {
             read_head(&mut stream).await.unwrap();
+            came.send(number).await.unwrap();
             if number == 1 {
                 stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\npart").await.unwrap();
             }
@@ -388,10 +390,8 @@ async fn dropping_the_call_or_the_answer_ends_the_connection() {
         tokio::select! {
             biased;
             _ = &mut waiting => panic!("there is no answer"),
-            () = async { while connect.opened.load(Ordering::Relaxed) == 0 { tokio::task::yield_now().await } } => {}
+            arrived = in_time(arrivals.recv()) => assert_eq!(arrived, Some(0)),
         }
-        // One more poll sends the request off: the connection is there.
-        tokio::select! { biased; _ = &mut waiting => panic!("there is no answer"), () = tokio::time::sleep(Duration::from_millis(5)) => {} }
     }
     assert_eq!(in_time(ends.recv()).await, Some(0));
     let mut body = in_time(client.invoke(get("/"))).await.unwrap().response.into_body();

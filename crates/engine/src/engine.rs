@@ -63,7 +63,9 @@ impl Engine {
             .map_err(|error| Failure::new(ErrorCode::Internal, format!("opening the state broke off: {error}")))?
             .map_err(|error| error.failure())?;
         let ground = Ground { backend, runtime: Handle::current() };
-        let left = ground.backend.list().await?;
+        let mut left = ground.backend.list().await?;
+        // They come in any order; the youngest is ended first, the oldest is shown first.
+        left.sort_unstable_by_key(|left| left.instance);
         let routes = adopt(&ground, records, left);
         Ok(Arc::new(Self {
             shared: Arc::new(Shared {
@@ -108,7 +110,8 @@ impl Engine {
         let revision = function.current.load_full();
         let scale = &revision.record.spec.scale;
         if instances != 0 && !(scale.min..=scale.max).contains(&instances) {
-            let detail = format!("function '{id}' can have {} to {} instances, or 0: not {instances}", scale.min, scale.max);
+            let or_none = if scale.min == 0 { "" } else { ", or none" };
+            let detail = format!("function '{id}' can have {} to {} instances{or_none}: not {instances}", scale.min, scale.max);
             return Err(Failure::new(ErrorCode::ScaleOutOfRange, detail));
         }
         revision.scale(&self.shared.ground, instances, Instant::now() + ASKED_DRAIN).await?;

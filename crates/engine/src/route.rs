@@ -66,6 +66,9 @@ impl Function {
     pub(crate) fn view(&self) -> FunctionView {
         let current = self.current.load_full();
         let record = &current.record;
+        let mut instances: Vec<_> = self.revisions().iter().flat_map(|revision| revision.views()).filter(exists).collect();
+        // Those that were adopted came in any order.
+        instances.sort_unstable_by_key(|instance| instance.id);
         FunctionView {
             id: self.id.clone(),
             slug: self.slug.clone(),
@@ -76,7 +79,7 @@ impl Function {
             concurrency: record.plan.concurrency,
             spec: record.spec.clone(),
             deployed_at: record.created_at,
-            instances: self.revisions().iter().flat_map(|revision| revision.views()).filter(exists).collect(),
+            instances,
             last_error: self.last_error.load().as_deref().cloned(),
         }
     }

@@ -120,14 +120,19 @@ impl Rootfs {
     /// The content of a file of at most `bytes_max` bytes, symbolic links followed.
     pub fn read_file(&self, path: impl AsRef<Path>, bytes_max: u64) -> Result<Vec<u8>, RootfsError> {
         let path = path.as_ref();
-        let Node::Leaf { layer, inode } = self.resolve(path, true)? else { return Err(RootfsError::NotFile(show(path))) };
-        if inode.kind != InodeKind::File {
-            return Err(RootfsError::NotFile(show(path)));
-        }
+        let (layer, inode) = self.file(path)?;
         if inode.size > bytes_max {
             return Err(RootfsError::TooLarge { path: show(path), size: inode.size, limit: bytes_max });
         }
         let mut content = vec![0; inode.size as usize];
+        self.layer(layer, |reader| reader.read_at(&inode, &mut content, 0))?;
+        Ok(content)
+    }
+
+    /// The first bytes of a file, at most `bytes_max`, symbolic links followed.
+    pub fn read_start(&self, path: impl AsRef<Path>, bytes_max: usize) -> Result<Vec<u8>, RootfsError> {
+        let (layer, inode) = self.file(path.as_ref())?;
+        let mut content = vec![0; inode.size.min(bytes_max as u64) as usize];
         self.layer(layer, |reader| reader.read_at(&inode, &mut content, 0))?;
         Ok(content)
     }
@@ -162,6 +167,14 @@ impl Rootfs {
             }
         }
         Ok(names.into_iter().filter_map(|(name, exists)| exists.then_some(name)).collect())
+    }
+
+    /// The regular file that a path leads to, and its layer.
+    fn file(&self, path: &Path) -> Result<(usize, Inode), RootfsError> {
+        match self.resolve(path, true)? {
+            Node::Leaf { layer, inode } if inode.kind == InodeKind::File => Ok((layer, inode)),
+            _ => Err(RootfsError::NotFile(show(path))),
+        }
     }
 
     /// Follows a path from the root.

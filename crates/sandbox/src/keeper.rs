@@ -19,6 +19,7 @@ mod layers;
 mod link;
 mod listen;
 mod requests;
+mod resident;
 mod zygotes;
 
 use std::ffi::{CString, OsString};
@@ -548,9 +549,13 @@ impl Keeper {
         }
     }
 
+    /// A daemon accepts calls: the start, or a daemon's replacement, is over.
     fn announce(&mut self) {
         if !std::mem::replace(&mut self.announced, true) {
             (self.settings.announce)(self.address);
+        }
+        if let Err(error) = resident::release_once_used() {
+            self.log(&format!("the memory of the start is not given back: {error}"));
         }
     }
 

@@ -88,7 +88,7 @@ fn demo() -> Result<()> {
     packages::install(packages::DEMO)?;
     let binary = build::funtainer()?;
     let demo = build::program("demo")?;
-    become_program(Command::new(demo).env("FUNTAINER_BIN", binary))
+    become_program(build::outside(Command::new(demo)).env("FUNTAINER_BIN", binary))
 }
 
 fn bench(quick: bool, json: bool) -> Result<()> {
@@ -98,12 +98,12 @@ fn bench(quick: bool, json: bool) -> Result<()> {
     let bench = build::program("bench")?;
     let flags =
         [(quick, "--quick"), (json, "--json")].into_iter().filter(|(set, _)| *set).map(|(_, flag)| OsString::from(flag));
-    become_program(Command::new(bench).args(flags).env("FUNTAINER_BIN", binary))
+    become_program(build::outside(Command::new(bench)).args(flags).env("FUNTAINER_BIN", binary))
 }
 
 fn image(example: &str, directory: Option<PathBuf>) -> Result<()> {
     packages::install(if example == "python" { packages::PYTHON_IMAGE } else { packages::IMAGE })?;
-    become_program(Command::new(build::program("image")?).arg(example).args(directory))
+    become_program(build::outside(Command::new(build::program("image")?)).arg(example).args(directory))
 }
 
 /// Goes on as another program: signals reach it directly, and its exit code is ours.

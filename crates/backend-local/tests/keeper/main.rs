@@ -67,14 +67,17 @@ fn run_test() -> Result<()> {
 
 fn wait_for(path: &PathBuf, keeper: &mut Child) -> Result<String> {
     let begun = Instant::now();
+    let pid = rustix::process::Pid::from_child(keeper);
+    let end = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?;
     while begun.elapsed() < DEADLINE {
         if let Ok(text) = std::fs::read_to_string(path) {
             return Ok(text);
         }
+        let moment = rustix::event::Timespec { tv_sec: 0, tv_nsec: 10_000_000 };
+        rustix::event::poll(&mut [rustix::event::PollFd::new(&end, rustix::event::PollFlags::IN)], Some(&moment))?;
         if let Some(status) = keeper.try_wait()? {
             bail!("the keeper ended: {status}");
         }
-        std::thread::sleep(Duration::from_millis(10));
     }
     bail!("no result within {DEADLINE:?}")
 }

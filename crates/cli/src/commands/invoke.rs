@@ -72,7 +72,12 @@ async fn body(data: Option<&str>) -> anyhow::Result<Option<Body>> {
         Some("-" | "@-") => Ok(Some(stream(streams::stdin()?))),
         Some(data) => match data.strip_prefix('@') {
             Some(path) => {
-                let file = tokio::fs::File::open(path).await.with_context(|| format!("{path} cannot be read"))?;
+                let opened = async {
+                    let file = tokio::fs::File::open(path).await?;
+                    // It could be opened, and not be read.
+                    if file.metadata().await?.is_dir() { Err(io::ErrorKind::IsADirectory.into()) } else { Ok(file) }
+                };
+                let file = opened.await.with_context(|| format!("{path} cannot be read"))?;
                 Ok(Some(stream(file)))
             }
             None => Ok(Some(client::full(data.to_owned()))),
@@ -140,5 +145,7 @@ mod tests {
         std::fs::write(file.path(), "content").unwrap();
         assert_eq!(whole(body(Some(&format!("@{}", file.path().display()))).await.unwrap()).await, "content");
         assert!(body(Some("@/nowhere/at/all")).await.is_err());
+        let directory = body(Some("@/")).await.map(drop).unwrap_err();
+        assert_eq!(format!("{directory:#}"), "/ cannot be read: is a directory");
     }
 }

@@ -31,6 +31,10 @@ impl ImageFiles for Image {
         }
         Ok(content)
     }
+
+    fn read_start(&self, path: &str, bytes_max: usize) -> io::Result<Option<Vec<u8>>> {
+        Ok(self.0.get(path).map(|(_, content)| content[..content.len().min(bytes_max)].to_vec()))
+    }
 }
 
 fn image() -> Image {
@@ -45,6 +49,14 @@ fn image() -> Image {
         ("/bin/staff", 0o710, ""),
         ("/srv/run", 0o755, ""),
         ("/srv/bin/tool", 0o755, ""),
+        ("/bin/script", 0o755, "#!/bin/cat -n\n"),
+        ("/bin/nested", 0o755, "#! /bin/script\n"),
+        ("/bin/relative", 0o755, "#!bin/tool\n"),
+        ("/bin/itself", 0o755, "#!/bin/itself\n"),
+        ("/bin/lost", 0o755, "#!/usr/bin/perl -w\n"),
+        ("/bin/lost-nested", 0o755, "#!/bin/lost\n"),
+        ("/bin/by-data", 0o755, "#!/bin/data\n"),
+        ("/bin/dos", 0o755, "#!/bin/cat\r\n"),
     ])
 }
 
@@ -165,6 +177,27 @@ fn commands_of_stdio_are_looked_for() {
     check("staff", "app:app", None, Err("user-unknown"));
     check("staff", "app:1", None, denied);
     check("/damaged", "", None, Err("image-invalid"));
+    check("script", "", None, Ok(()));
+    check("nested", "", None, Ok(()));
+    check("relative", "", None, Ok(()));
+    check("itself", "", None, Ok(()));
+    check("lost", "", None, denied);
+    check("lost-nested", "", None, denied);
+    check("by-data", "", None, denied);
+    check("dos", "", None, denied);
+}
+
+#[test]
+fn missing_interpreters_are_named() {
+    let failure = |command: &str| {
+        let error = plan(&config(&[command], &[]), &image(), &spec(Contract::Stdio, |_| {})).unwrap_err();
+        let failure = error.failure();
+        (failure.detail, failure.hint)
+    };
+    let (detail, hint) = failure("/bin/lost");
+    assert_eq!(detail, "'/bin/lost' is in the image, but its interpreter '/usr/bin/perl' is not");
+    assert!(hint.contains("/usr/bin/perl"), "{hint}");
+    assert!(failure("/bin/dos").1.contains("line ends"));
 }
 
 #[test]

@@ -67,6 +67,10 @@ impl ImageFiles for Files {
     fn read(&self, _path: &str, _bytes_max: usize) -> io::Result<Option<Vec<u8>>> {
         Ok(None)
     }
+
+    fn read_start(&self, _path: &str, _bytes_max: usize) -> io::Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
 }
 
 impl Fake {

@@ -190,6 +190,22 @@ async fn an_engine_after_a_crash_goes_on_with_what_it_finds() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn adopted_instances_are_shown_in_the_same_order() {
+    let bench = Bench::new().await;
+    bench.deploy(with(http("f"), |spec| spec.scale.min = 8)).await.unwrap();
+    let shown = |engine: &funtainer_engine::Engine| {
+        let instances = engine.describe(&id("f")).unwrap().instances;
+        instances.into_iter().filter(|instance| instance.pid.is_some()).map(|instance| instance.id).collect::<Vec<_>>()
+    };
+    wait_until("eight instances", || shown(&bench.engine).len() == 8).await;
+    let before = shown(&bench.engine);
+    assert!(before.is_sorted(), "{before:?}");
+    let reopened = open(&bench.directory, &bench.fake).await;
+    wait_until("eight adopted ones", || shown(&reopened).len() == 8).await;
+    assert_eq!(shown(&reopened), before);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_drain_refuses_new_calls_finishes_old_ones_and_leaves_nothing() {
     let bench = Bench::new().await;
     bench.deploy(with(http("f"), |spec| spec.scale.min = 2)).await.unwrap();

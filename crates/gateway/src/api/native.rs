@@ -15,7 +15,7 @@
 //! | `POST /run` with [`RunRequest`], upgraded | see [`run`](super::run) |
 //!
 //! NAME is a slug or a canonical name, percent-encoded. Deploy, pull and import answer with a stream of [`Event`]s, one JSON a line,
-//! where `Accept` says `application/x-ndjson`; its status is 200 whatever comes. Errors are [`Problem`](crate::Problem)s. A client that goes away
+//! where `Accept` says `application/x-ndjson`; its status is 200 whatever comes. Errors are [`Problem`]s. A client that goes away
 //! ends what it asked for.
 
 mod types;

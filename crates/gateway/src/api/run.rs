@@ -1,6 +1,6 @@
 //! `POST /run`: one command, once, with its standard streams.
 //!
-//! The request has the headers `Connection: upgrade` and `Upgrade: funtainer-run` and a [`RunRequest`](super::native::RunRequest) as its body.
+//! The request has the headers `Connection: upgrade` and `Upgrade: funtainer-run` and a [`RunRequest`] as its body.
 //! The answer is `101 Switching Protocols`, or an error as everywhere. After it, both sides send frames:
 //!
 //! ```text

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Waker;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -21,9 +22,11 @@ use crate::route::{self, Door, Gateway};
 /// Most header fields of a request; hyper parses them on the stack.
 const HEAD_FIELDS_MAX: usize = 100;
 /// How long and how much is still read after the last answer: closing at once would make the kernel reset the connection, and
-/// the client could lose the answer.
-const LINGER_TIME: Duration = Duration::from_secs(1);
-const LINGER_BYTES_MAX: u64 = 1024 * 1024;
+/// the client could lose the answer, or, still writing, never look for it. Most clients see the answer after the first of these bytes.
+const LINGER_TIME: Duration = Duration::from_secs(5);
+const LINGER_BYTES_MAX: u64 = 64 * 1024 * 1024;
+/// The same where the server stops: an answer needs no longer to a client that reads.
+const LINGER_AT_STOP: Duration = Duration::from_secs(1);
 
 /// A stream that a connection can be on.
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
@@ -85,13 +88,22 @@ pub(super) async fn serve<S: Stream>(
         async move { Ok::<_, Infallible>(route::answer(gateway, door, state, request).await) }
     });
     let mut connection = builder.serve_connection(TokioIo::new(Wire::new(stream, Arc::clone(&state))), service);
-    let mut stop = pin!(Stop::deadline(&mut stopped));
+    // Asked when there is news, and by each new waker: to ask in every round would take a lock that all connections share. Outside of
+    // tokio's budget, which would have it answer without keeping the waker.
+    let news = stopped.clone();
+    let mut stop = pin!(tokio::task::unconstrained(Stop::deadline(&mut stopped)));
+    let mut asked: Option<Waker> = None;
     let mut stopping = false;
     let end = poll_fn(|cx| {
         state.next_round();
-        if !stopping && stop.as_mut().poll(cx).is_ready() {
-            stopping = true;
-            Pin::new(&mut connection).graceful_shutdown();
+        let is_asked =
+            asked.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) && matches!(news.has_changed(), Ok(false));
+        if !stopping && !is_asked {
+            asked = Some(cx.waker().clone());
+            stopping = stop.as_mut().poll(cx).is_ready();
+            if stopping {
+                Pin::new(&mut connection).graceful_shutdown();
+            }
         }
         Pin::new(&mut connection).poll(cx)
     })
@@ -121,7 +133,15 @@ pub(super) async fn serve<S: Stream>(
     let answered_early = !stopping || end_is_parse_error;
     if stream.shutdown().await.is_ok() && !eof && answered_early {
         let rest = async { tokio::io::copy(&mut stream.take(LINGER_BYTES_MAX), &mut tokio::io::sink()).await };
-        let _ = tokio::time::timeout(LINGER_TIME, rest).await;
+        let rest = tokio::time::timeout(LINGER_TIME, rest);
+        if stopping {
+            let _ = tokio::time::timeout(LINGER_AT_STOP, rest).await;
+        } else {
+            tokio::select! {
+                _ = rest => {}
+                _ = stop => {}
+            }
+        }
     }
 }
 

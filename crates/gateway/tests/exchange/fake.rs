@@ -138,6 +138,10 @@ impl ImageFiles for OneFile {
     fn read(&self, _path: &str, _bytes_max: usize) -> io::Result<Option<Vec<u8>>> {
         Ok(None)
     }
+
+    fn read_start(&self, _path: &str, _bytes_max: usize) -> io::Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
 }
 
 /// Answers each request with what it got, byte by byte as the gateway sent it.

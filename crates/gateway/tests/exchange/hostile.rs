@@ -20,6 +20,20 @@ fn heads_that_are_too_large() {
     assert!(running.calls(target).contains("error["));
 }
 
+/// A client that writes all of its body before it looks for an answer must not be cut off meanwhile.
+#[test]
+fn bodies_that_nobody_wants_are_read_all_the_same() {
+    let running = Running::start();
+    let mut admin = std::os::unix::net::UnixStream::connect(&running.admin).unwrap();
+    let length = 32 * 1024 * 1024;
+    admin.write_all(format!("POST /functions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n").as_bytes()).unwrap();
+    admin.write_all(&vec![b' '; length]).expect("the gateway reads on");
+    admin.set_read_timeout(Some(DEADLINE)).unwrap();
+    let mut answer = String::new();
+    admin.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 413 ") && answer.contains("body-too-large"), "{answer}");
+}
+
 #[test]
 fn what_is_no_http() {
     let running = Running::start();

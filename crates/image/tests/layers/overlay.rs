@@ -123,6 +123,9 @@ fn paths_are_resolved_within_the_image() {
     assert!(matches!(read("/etc/passwd/"), Err(RootfsError::NotDirectory(_))));
     assert!(matches!(rootfs.list("/etc/passwd"), Err(RootfsError::NotDirectory(_))));
     assert!(matches!(rootfs.read_link("/etc"), Err(RootfsError::NotSymlink(_))));
+    assert_eq!(rootfs.read_start("/etc/passwd", 3).unwrap(), rootfs.read_file("/etc/passwd", 4).unwrap()[..3]);
+    assert_eq!(rootfs.read_start("/etc/passwd", 100).unwrap().len(), 4);
+    assert!(matches!(rootfs.read_start("/etc", 3), Err(RootfsError::NotFile(_))));
     assert!(matches!(rootfs.read_file("/etc/passwd", 3), Err(RootfsError::TooLarge { size: 4, limit: 3, .. })));
 }
 
