@@ -29,6 +29,8 @@ const LOG_DEFAULT: &str = "info";
 /// Serves until the keeper says otherwise.
 pub(crate) fn daemon(daemon: &Daemon) -> anyhow::Result<ExitCode> {
     let inherited = take_inherited_fds(daemon.listeners)?;
+    // Executed as /proc/self/exe, it would be `exe` in process lists that show no arguments. The name is for people alone.
+    let _ = rustix::thread::set_name(c"funtainer");
     start_log();
     rustls::crypto::ring::default_provider()
         .install_default()

@@ -491,7 +491,8 @@ impl Keeper {
             match fds::receive(daemon.link.socket(), &mut buffer, RecvFlags::DONTWAIT) {
                 Ok(Some(received)) => self.on_request(&buffer[..received.bytes], received.fds),
                 Err(fds::ReceiveError::Kernel(Errno::AGAIN)) => break,
-                Ok(None) => {
+                // Reset: it closed its socket with a message of ours unread.
+                Ok(None) | Err(fds::ReceiveError::Kernel(Errno::CONNRESET)) => {
                     self.daemon_fault(Fault::Gone);
                     break;
                 }
@@ -543,7 +544,13 @@ impl Keeper {
 
     fn daemon_fault(&mut self, fault: Fault) {
         match fault {
-            // It may be dying, of which its pidfd tells; one that only closed its socket is of no use any more.
+            // It is dying, of which its pidfd tells, or of no use any more. When asked to stop it is given the time that it has.
+            Fault::Gone if self.stopping.is_some() => {
+                if let Some(daemon) = &self.daemon {
+                    // Nothing more can come, and a closed end would be told of in every round.
+                    let _ = epoll::delete(&self.epoll, daemon.link.socket());
+                }
+            }
             Fault::Gone => self.kill_daemon("has closed its socket"),
             Fault::Stalled => self.kill_daemon("does not read its messages"),
         }
