@@ -16,6 +16,7 @@ use funtainer_contract::{Exit, ExitFuture, ExitReport, PlanError, StandardStream
 use funtainer_engine::backend::{Access, RevisionStart, Start, Started};
 use funtainer_model::{ErrorCode, Failure, InstanceId};
 use funtainer_sandbox::protocol::{InitMessage, InitStep, Refusal, Reply, Request};
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::sync::mpsc;
@@ -243,8 +244,14 @@ impl Steps<'_> {
             let mut descriptors = vec![theirs];
             let mut pipes = None;
             if self.plan.plan.streams == StandardStreams::Call {
-                let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|error| StartError::Io("pipe", error.into()));
-                let ((stdin_reader, stdin), (stdout, stdout_writer)) = (pipe()?, pipe()?);
+                // The modes let a command open `/dev/stdin` and `/dev/stdout` again, whatever its user: inside, the pipe is a stranger's.
+                let pipe = |mode| {
+                    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC)?;
+                    rustix::fs::fchmod(&reader, Mode::from_raw_mode(mode))?;
+                    Ok((reader, writer))
+                };
+                let pipe = |mode| pipe(mode).map_err(|error: Errno| StartError::Io("pipe", error.into()));
+                let ((stdin_reader, stdin), (stdout, stdout_writer)) = (pipe(0o604)?, pipe(0o602)?);
                 descriptors.extend([stdin_reader, stdout_writer]);
                 pipes = Some(CallPipes { stdin, stdout });
             }
@@ -330,6 +337,10 @@ fn init_failure(program: &str, step: InitStep, error: &io::Error) -> Failure {
             Failure::new(ErrorCode::ImageInvalid, format!("the working directory of the image cannot be entered: {error}"))
                 .with_hint("check WORKDIR of the image")
         }
+        (InitStep::Mounts, Some(Errno::NOTDIR | Errno::LOOP)) => Failure::new(
+            ErrorCode::ImageInvalid,
+            "one of /dev, /proc and /sys of the image is no directory, so that nothing can be mounted there",
+        ),
         (step, _) => Failure::new(ErrorCode::SandboxFailed, format!("the container could not be set up ({step:?}): {error}")),
     }
 }

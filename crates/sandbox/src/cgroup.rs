@@ -199,21 +199,21 @@ impl Hierarchy {
         Ok(cgroup)
     }
 
-    /// Removes the top groups. Those of all instances must be gone, else `EBUSY` and what remains is left for the next sweep.
+    /// Removes the top groups. Those of all instances must be gone, else `EBUSY` and what remains is left for the next sweep: what can be
+    /// removed is, and the first error is told.
     pub fn close(self) -> Result<(), CgroupError> {
         let name = component(&self.name)?;
+        let mut outcome = Ok(());
         for top in &self.tops {
             match rustix::fs::unlinkat(&top.root, &*name, AtFlags::REMOVEDIR) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(errno) => {
-                    return Err(CgroupError::Step {
-                        path: self.name,
-                        source: StepError { step: "remove the top directory", errno },
-                    });
+                    let source = StepError { step: "remove the top directory", errno };
+                    outcome = outcome.and(Err(CgroupError::Step { path: self.name.clone(), source }));
                 }
             }
         }
-        Ok(())
+        outcome
     }
 }
 

@@ -19,6 +19,7 @@ mod layers;
 mod link;
 mod listen;
 mod requests;
+mod resident;
 mod zygotes;
 
 use std::ffi::{CString, OsString};
@@ -258,6 +259,12 @@ impl Keeper {
         signals::set_mask(&handled).map_err(at("block signals"))?;
         let signals = signals::descriptor(&handled).map_err(at("make a signalfd"))?;
         raise_descriptors().map_err(at("raise the limit of open files"))?;
+        // SAFETY: one thread, as was checked, which keeps no pointer into its arguments or environment.
+        let title = unsafe { Title::prepare() }?;
+        // SAFETY: as above; arguments were read by who called `run`.
+        unsafe { title.set(b"funtainer serve") };
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(at("make an epoll"))?;
+        epoll::add(&epoll, &signals, EventData::new_u64(TOKEN_SIGNALS), EventFlags::IN).map_err(at("watch signals"))?;
         let cgroups = Hierarchy::open(&Layout::detect()?, &format!("funtainer-{}", data.id))?;
         for missing in cgroups.missing() {
             (settings.log)(&format!("control groups here have no {missing}: instances run without it"));
@@ -273,12 +280,6 @@ impl Keeper {
                     return Err(error);
                 }
             };
-        // SAFETY: one thread, as was checked, which keeps no pointer into its arguments or environment.
-        let title = unsafe { Title::prepare() }?;
-        // SAFETY: as above; arguments were read by who called `run`.
-        unsafe { title.set(b"funtainer serve") };
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(at("make an epoll"))?;
-        epoll::add(&epoll, &signals, EventData::new_u64(TOKEN_SIGNALS), EventFlags::IN).map_err(at("watch signals"))?;
         Ok(Self {
             settings,
             user,
@@ -311,7 +312,7 @@ impl Keeper {
         let mut events = Vec::with_capacity(EVENTS);
         loop {
             self.spent.clear();
-            if let Some(ended) = self.tick(Instant::now())? {
+            if let Some(ended) = self.tick(Instant::now()) {
                 return Ok(ended);
             }
             let wait = self.deadline().map(|at| at.saturating_duration_since(Instant::now()));
@@ -338,21 +339,27 @@ impl Keeper {
     }
 
     /// What is due.
-    fn tick(&mut self, now: Instant) -> Result<Option<Ended>, KeeperError> {
+    fn tick(&mut self, now: Instant) -> Option<Ended> {
         if self.respawn.at.is_some_and(|at| at <= now) {
             self.respawn.at = None;
-            self.spawn_daemon()?;
+            if let Err(error) = self.spawn_daemon() {
+                // What is lacking (processes, memory, descriptors) may be there again later, and instances go on meanwhile.
+                self.log(&format!("the daemon cannot be started: {error}"));
+                if let Some(ended) = self.daemon_failed() {
+                    return Some(ended);
+                }
+            }
         }
         let stop_due = self.stopping.is_some_and(|since| since + STOP_MAX <= now);
         match &self.daemon {
             Some(daemon) if daemon.link.deadline().is_some_and(|at| at <= now) => self.daemon_fault(Fault::Stalled),
             Some(_) if stop_due => self.kill_daemon("does not end"),
-            None if self.stopping.is_some() => return Ok(Some(Ended::Stopped)),
+            None if self.stopping.is_some() => return Some(Ended::Stopped),
             _ => {}
         }
         self.tick_zygotes(now);
         self.instances.retry_removals(now);
-        Ok(None)
+        None
     }
 
     /// The earliest moment at which something becomes due.
@@ -413,8 +420,15 @@ impl Keeper {
             unsafe { libc::_exit(71) }
         };
         let end = EventData::new_u64(TOKEN_DAEMON_END);
-        epoll::add(&self.epoll, &pidfd, end, EventFlags::IN).map_err(at("watch the daemon"))?;
-        let link = Link::new(ours, &self.epoll, TOKEN_DAEMON).map_err(at("watch the daemon"))?;
+        let watched = epoll::add(&self.epoll, &pidfd, end, EventFlags::IN)
+            .and_then(|()| Link::new(ours, &self.epoll, TOKEN_DAEMON))
+            .map_err(at("watch the daemon"));
+        let link = watched.inspect_err(|_| {
+            // Neither can fail for a child of ours that is not reaped.
+            let _ = epoll::delete(&self.epoll, &pidfd);
+            let _ = fds::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+            let _ = fds::pidfd_reap(pidfd.as_fd(), true);
+        })?;
         self.generation += 1;
         self.daemon = Some(Daemon { pid, pidfd, link, greeted: false, ready: false, killed: false });
         Ok(())
@@ -444,18 +458,22 @@ impl Keeper {
             return Some(Ended::Stopped);
         }
         self.log(&format!("the daemon (pid {}) ended: {exit:?}", daemon.pid));
-        let now = Instant::now();
         if daemon.ready {
-            self.respawn = Respawn { deaths: 0, at: Some(now) };
+            self.respawn = Respawn { deaths: 0, at: Some(Instant::now()) };
             return None;
         }
+        self.daemon_failed()
+    }
+
+    /// A daemon was not ready when it ended, or could not be started: the next one is due later, unless that happens too often.
+    fn daemon_failed(&mut self) -> Option<Ended> {
         let deaths = self.respawn.deaths + 1;
         if deaths >= DEATHS_MAX {
             self.log(&format!("{deaths} daemons in a row ended before they were ready: giving up"));
             return Some(Ended::DaemonFailed);
         }
         let wait = BACKOFF_MIN.saturating_mul(1 << (deaths - 1)).min(BACKOFF_MAX);
-        self.respawn = Respawn { deaths, at: Some(now + wait) };
+        self.respawn = Respawn { deaths, at: Some(Instant::now() + wait) };
         None
     }
 
@@ -531,9 +549,13 @@ impl Keeper {
         }
     }
 
+    /// A daemon accepts calls: the start, or a daemon's replacement, is over.
     fn announce(&mut self) {
         if !std::mem::replace(&mut self.announced, true) {
             (self.settings.announce)(self.address);
+        }
+        if let Err(error) = resident::release_once_used() {
+            self.log(&format!("the memory of the start is not given back: {error}"));
         }
     }
 

@@ -335,6 +335,31 @@ fn a_call_of_a_dead_daemon_ends() {
 }
 
 #[test]
+fn a_data_directory_that_others_may_write_to_is_refused() {
+    let (mut server, client) = ready();
+    assert_eq!(server.stop(client), Some(0));
+    for (mode, owner) in [(0o777, 0), (0o755, 1000)] {
+        std::os::unix::fs::chown(&server.data, Some(owner), None).unwrap();
+        fs::set_permissions(&server.data, fs::Permissions::from_mode(mode)).unwrap();
+        server = server.restart();
+        assert_eq!(server.wait().code(), Some(1), "{mode:o} {owner}");
+    }
+}
+
+#[test]
+fn an_id_that_was_not_written_whole_is_made_anew() {
+    let (mut server, client) = ready();
+    assert_eq!(server.stop(client), Some(0));
+    fs::remove_file(server.data.join("id")).unwrap();
+    fs::write(server.data.join("id.new"), "0123").unwrap();
+    let mut server = server.restart();
+    let client = server.client();
+    assert_eq!(fs::read_to_string(server.data.join("id")).unwrap().len(), 16);
+    assert!(!server.data.join("id.new").exists());
+    assert_eq!(server.stop(client), Some(0));
+}
+
+#[test]
 fn layers_are_committed_whole_and_for_good() {
     let (mut server, mut client) = ready();
     let store = server.data.join("store");
@@ -342,11 +367,11 @@ fn layers_are_committed_whole_and_for_good() {
     let found = fs::metadata(&committed).unwrap();
     assert_eq!((found.uid(), found.gid(), found.mode() & 0o7777, found.nlink()), (0, 0, 0o444, 1));
     // Once more: nothing happens.
-    assert_eq!(client.commit(&server.data, layer(1), busybox_image()), Reply::Done);
+    assert_eq!(client.commit(&server.data_of_daemon(), layer(1), busybox_image()), Reply::Done);
     assert_eq!(fs::metadata(&committed).unwrap().ino(), found.ino());
 
     let staged = store.join("staged");
-    fs::copy(busybox_image(), &staged).unwrap();
+    harness::stage(&server.data, busybox_image(), &staged);
     let read_only = fs::File::open(&staged).unwrap();
     let mut refused = |file: &fs::File| match client.ask_with(&Request::CommitLayer { layer: layer(2) }, &[file.as_fd()]).0 {
         Reply::Refused(Refusal::Malformed(text)) => text,
@@ -361,14 +386,33 @@ fn layers_are_committed_whole_and_for_good() {
 
     let mut bytes = fs::read(&staged).unwrap();
     bytes[1024 + 80] = 1;
+    // Written over, they keep their owner.
+    for name in ["features", "short"] {
+        harness::stage(&server.data, busybox_image(), &store.join(name));
+    }
     fs::write(store.join("features"), &bytes).unwrap();
     assert!(refused(&fs::File::open(store.join("features")).unwrap()).contains("features 0x1"));
     fs::write(store.join("short"), "short").unwrap();
     assert!(refused(&fs::File::open(store.join("short")).unwrap()).contains("no erofs"));
+    // Readable by the daemon, and somebody else's.
+    fs::copy(busybox_image(), store.join("foreign")).unwrap();
+    assert!(refused(&fs::File::open(store.join("foreign")).unwrap()).contains("not the daemon's"));
+    // A write lease of the daemon's: the keeper does not wait until it breaks.
+    // SAFETY: no code of ours runs; the default for the news of a broken lease would end this process.
+    unsafe { libc::signal(libc::SIGIO, libc::SIG_IGN) };
+    let begun = Instant::now();
+    let lease = |kind: libc::c_int| {
+        // SAFETY: integers only.
+        unsafe { libc::fcntl(std::os::fd::AsRawFd::as_raw_fd(&read_only), libc::F_SETLEASE, kind) }
+    };
+    until("the lease is given", || (lease(libc::F_WRLCK) == 0).then_some(()));
+    assert!(refused(&read_only).contains("has a lease"));
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert_eq!(lease(libc::F_UNLCK), 0);
     assert!(!store.join("layers").join(layer(2).file_name()).exists());
     assert_eq!(fs::metadata(&staged).unwrap().mode() & 0o777, 0o644, "what was refused is as it was");
 
-    assert_eq!(client.commit(&server.data, layer(2), &staged), Reply::Done);
+    assert_eq!(client.commit(&server.data_of_daemon(), layer(2), &staged), Reply::Done);
     assert_eq!(server.stop(client), Some(0));
 }
 
@@ -376,7 +420,7 @@ fn layers_are_committed_whole_and_for_good() {
 fn layers_of_zygotes_lie_over_each_other() {
     let (mut server, mut client) = ready();
     // The same image twice: overlayfs takes it if both are clones of one mount or mounts of two files.
-    assert_eq!(client.commit(&server.data, layer(2), busybox_image()), Reply::Done);
+    assert_eq!(client.commit(&server.data_of_daemon(), layer(2), busybox_image()), Reply::Done);
     for (number, layers) in [(1, vec![layer(1), layer(2)]), (2, vec![layer(2), layer(1)])] {
         assert_eq!(client.open(revision(number), RevisionSpec { layers, ..spec(&["echo", "ok"]) }), Reply::Done);
         let started = client.start(revision(number), instance(number)).unwrap();

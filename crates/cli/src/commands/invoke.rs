@@ -72,7 +72,13 @@ async fn body(data: Option<&str>) -> anyhow::Result<Option<Body>> {
         Some("-" | "@-") => Ok(Some(stream(streams::stdin()?))),
         Some(data) => match data.strip_prefix('@') {
             Some(path) => {
-                let file = open(path).await.with_context(|| format!("{path} cannot be read"))?;
+                let opened = async {
+                    let file = tokio::fs::File::open(path).await?;
+                    // It could be opened, and not be read.
+                    let directory = file.metadata().await?.is_dir();
+                    if directory { io::Result::Err(io::ErrorKind::IsADirectory.into()) } else { Ok(file) }
+                };
+                let file = opened.await.with_context(|| format!("{path} cannot be read"))?;
                 Ok(Some(stream(file)))
             }
             None => Ok(Some(client::full(data.to_owned()))),
@@ -80,12 +86,6 @@ async fn body(data: Option<&str>) -> anyhow::Result<Option<Body>> {
         None if stdin_has_data() => Ok(Some(stream(streams::stdin()?))),
         None => Ok(None),
     }
-}
-
-/// Opens what can be read: a directory can be opened, but not be read.
-async fn open(path: &str) -> io::Result<tokio::fs::File> {
-    let file = tokio::fs::File::open(path).await?;
-    if file.metadata().await?.is_dir() { Err(io::ErrorKind::IsADirectory.into()) } else { Ok(file) }
 }
 
 /// Whether somebody gave an input: a terminal and /dev/null are none, and a closed one is not either.

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Waker;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -87,13 +88,22 @@ pub(super) async fn serve<S: Stream>(
         async move { Ok::<_, Infallible>(route::answer(gateway, door, state, request).await) }
     });
     let mut connection = builder.serve_connection(TokioIo::new(Wire::new(stream, Arc::clone(&state))), service);
-    let mut stop = pin!(Stop::deadline(&mut stopped));
+    // Asked when there is news, and by each new waker: to ask in every round would take a lock that all connections share. Outside of
+    // tokio's budget, which would have it answer without keeping the waker.
+    let news = stopped.clone();
+    let mut stop = pin!(tokio::task::unconstrained(Stop::deadline(&mut stopped)));
+    let mut asked: Option<Waker> = None;
     let mut stopping = false;
     let end = poll_fn(|cx| {
         state.next_round();
-        if !stopping && stop.as_mut().poll(cx).is_ready() {
-            stopping = true;
-            Pin::new(&mut connection).graceful_shutdown();
+        let is_asked =
+            asked.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) && matches!(news.has_changed(), Ok(false));
+        if !stopping && !is_asked {
+            asked = Some(cx.waker().clone());
+            stopping = stop.as_mut().poll(cx).is_ready();
+            if stopping {
+                Pin::new(&mut connection).graceful_shutdown();
+            }
         }
         Pin::new(&mut connection).poll(cx)
     })

@@ -79,24 +79,23 @@ impl DataDirectory {
         let fail = |source| KeeperError::Data { path: path.to_owned(), source };
         make_directory(path, 0o755, None).map_err(fail)?;
         let path = path.canonicalize().map_err(fail)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let root = rustix::fs::open(&path, flags, Mode::empty()).map_err(|e| fail(e.into()))?;
+        // Who may write here could put another lock, id or store in place.
+        require_roots(&root, &path)?;
         let lock = lock(&path)?;
         for name in ["store", "state", "logs"] {
             make_directory(&path.join(name), 0o700, Some(daemon)).map_err(fail)?;
         }
         // The daemon owns `store` and could put a link there.
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let open = |at: &OwnedFd, name: &str| rustix::fs::openat(at, name, flags, Mode::empty()).map_err(|e| fail(e.into()));
-        let root = rustix::fs::open(&path, flags, Mode::empty()).map_err(|e| fail(e.into()))?;
         let store = open(&root, "store")?;
         match rustix::fs::mkdirat(&store, "layers", Mode::from_raw_mode(0o755)) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(errno) => return Err(fail(errno.into())),
         }
         let layers = open(&store, "layers")?;
-        let owner = rustix::fs::fstat(&layers).map_err(|e| fail(e.into()))?;
-        if owner.st_uid != 0 || owner.st_mode & 0o022 != 0 {
-            return Err(KeeperError::Foreign { path: path.join("store/layers") });
-        }
+        require_roots(&layers, &path.join("store/layers"))?;
         let id = id(&path).map_err(fail)?;
         Ok(Self { path, id, layers, _lock: lock })
     }
@@ -117,6 +116,15 @@ impl DataDirectory {
         }
         Ok(tree)
     }
+}
+
+/// Refuses a directory that anybody but root may write to.
+fn require_roots(directory: &OwnedFd, path: &Path) -> Result<(), KeeperError> {
+    let found = rustix::fs::fstat(directory).map_err(|e| KeeperError::Data { path: path.to_owned(), source: e.into() })?;
+    if found.st_uid != 0 || found.st_mode & 0o022 != 0 {
+        return Err(KeeperError::Foreign { path: path.to_owned() });
+    }
+    Ok(())
 }
 
 /// Makes a directory with its parents; an existing one is given to `owner` if that is somebody.
@@ -148,9 +156,12 @@ fn id(directory: &Path) -> io::Result<String> {
         Ok(file) => file.take(ID_BYTES as u64 * 2 + 2).read_to_string(&mut text)?,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             text = new_id()?;
-            let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(&path)?;
+            // Whole or not at all: with half an id no server would start here again.
+            let unfinished = directory.join("id.new");
+            let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(&unfinished)?;
             file.write_all(text.as_bytes())?;
             file.sync_all()?;
+            fs::rename(&unfinished, &path)?;
             text.len()
         }
         Err(error) => return Err(error),

@@ -33,6 +33,8 @@ const MEMORY_BYTES_MIN: u64 = 1 << 20;
 const PIDS_MAX: u32 = 4096;
 /// A busy control group is tried again after this.
 const REMOVAL_RETRY: Duration = Duration::from_millis(20);
+/// How long they are tried when the keeper ends.
+const REMOVAL_WAIT: Duration = Duration::from_secs(1);
 /// Permission bits of a log pipe: a process that has changed its user may open `/dev/stdout` again, for writing only.
 const LOG_MODE: u32 = 0o622;
 
@@ -79,9 +81,16 @@ impl Instances {
     /// The last act: every process is dead, whatever is left goes now.
     pub(super) fn remove_all(&mut self) {
         let left = self.by_id.drain().filter_map(|(_, instance)| instance.cgroup).chain(self.removals.drain(..));
-        for mut cgroup in left {
-            // What stays is swept by the next start; the hierarchy's own removal will say so.
-            let _ = cgroup.remove();
+        let mut left: Vec<_> = left.collect();
+        let deadline = Instant::now() + REMOVAL_WAIT;
+        loop {
+            left.retain_mut(|cgroup| !matches!(cgroup.remove(), Ok(Removal::Done)));
+            if left.is_empty() || Instant::now() >= deadline {
+                // What stays is swept by the next start; the hierarchy's own removal will say so.
+                return;
+            }
+            // A process leaves its group a moment after its death is told.
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 

@@ -7,6 +7,7 @@ use std::rc::{Rc, Weak};
 use funtainer_model::LayerId;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
+use rustix::process::Uid;
 
 use crate::mount;
 use crate::protocol::Refusal;
@@ -79,7 +80,7 @@ impl Layers {
 ///
 /// The daemon may still try to keep a writer: the lease proves that there is none, the change of owner forbids new ones, and the second
 /// look at the lease catches who came between.
-pub(super) fn commit(store: BorrowedFd<'_>, layer: LayerId, file: &OwnedFd) -> Result<(), Refusal> {
+pub(super) fn commit(store: BorrowedFd<'_>, layer: LayerId, file: &OwnedFd, daemon: Uid) -> Result<(), Refusal> {
     let malformed = |text: &str| Refusal::Malformed(text.to_owned());
     let failed = |step| move |errno| refusal(StepError { step, errno });
     let name = layer.file_name();
@@ -91,13 +92,23 @@ pub(super) fn commit(store: BorrowedFd<'_>, layer: LayerId, file: &OwnedFd) -> R
     if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile || found.st_dev != directory.st_dev {
         return Err(malformed("the layer is no regular file on the store's file system"));
     }
+    // Root's, if it was committed under another name: the daemon may read files that are nobody's to give away.
+    if found.st_uid != daemon.as_raw() && !(found.st_uid == 0 && found.st_mode & 0o7777 == COMMITTED_MODE) {
+        return Err(malformed("the layer is not the daemon's"));
+    }
     if rustix::fs::fcntl_getfl(file).map_err(failed("look at a layer"))? & OFlags::RWMODE != OFlags::RDONLY {
         return Err(malformed("the layer's descriptor is not read-only"));
     }
-    // An open file of our own: a lease belongs to the open file, and the daemon holds the one that it sent.
+    // An open file of our own: a lease belongs to the open file, and the daemon holds the one that it sent. Non-blocking: a write lease
+    // of the daemon's would hold the keeper up for as long as it takes to break (45 s by default).
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file =
-        &rustix::fs::open(format!("/proc/self/fd/{}", file.as_raw_fd()), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(failed("open a layer again"))?;
+        &rustix::fs::open(format!("/proc/self/fd/{}", file.as_raw_fd()), flags, Mode::empty()).map_err(
+            |errno| match errno {
+                Errno::AGAIN => malformed("the layer has a lease"),
+                errno => refusal(StepError { step: "open a layer again", errno }),
+            },
+        )?;
     check_superblock(file)?;
     lease(file, libc::F_RDLCK).map_err(|errno| match errno {
         Errno::AGAIN => malformed("the layer still has a writer"),

@@ -53,7 +53,7 @@ impl Keeper {
             Request::AcknowledgeExit { instance } => self.acknowledge(from, instance),
             Request::CommitLayer { layer } => {
                 let committed = match descriptors.take(0) {
-                    Some(file) => commit(self.data.layers.as_fd(), layer, &file),
+                    Some(file) => commit(self.data.layers.as_fd(), layer, &file, self.user.uid),
                     None => Err(Refusal::Malformed("the layer's file is missing".to_owned())),
                 };
                 match committed {

@@ -28,6 +28,8 @@ use crate::{fds, userns};
 const IDLE_MAX: Duration = Duration::from_mins(10);
 /// How long a zygote may owe an answer without giving any; far above what a loaded machine needs.
 const ANSWER_MAX: Duration = Duration::from_secs(30);
+/// Most zygotes: each is a process of the host and holds its layers open.
+const ZYGOTES_MAX: usize = 1024;
 /// First host id of the functions' ranges.
 const RANGES_BASE: u32 = 0x7000_0000;
 /// Most functions that run at once.
@@ -208,6 +210,10 @@ impl Keeper {
         if spec.layers.is_empty() {
             let text = "an image without layers has nothing to run".to_owned();
             self.reply(requester, &Reply::Refused(Refusal::Malformed(text)), &[]);
+            return;
+        }
+        if self.zygotes.by_key.len() >= ZYGOTES_MAX {
+            self.reply(requester, &Reply::Refused(Refusal::Exhausted("zygotes".to_owned())), &[]);
             return;
         }
         let Some(slot) = self.zygotes.slots.acquire(&function) else {

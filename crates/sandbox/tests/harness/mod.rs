@@ -6,6 +6,7 @@ use std::collections::VecDeque;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
@@ -67,6 +68,18 @@ impl Server {
 
     pub fn pid(&self) -> i32 {
         self.child.id() as i32
+    }
+
+    /// The data directory on the daemon's own mount, through which alone files of its can be committed.
+    pub fn data_of_daemon(&self) -> PathBuf {
+        let titled = |pid: &&str| {
+            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|title| title.windows(8).any(|part| part == b"\0daemon\0"))
+        };
+        until("the daemon is there", || {
+            let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid())).unwrap();
+            let daemon = children.split_whitespace().find(titled).map(str::to_owned);
+            daemon.map(|pid| PathBuf::from(format!("/proc/{pid}/root/data")))
+        })
     }
 
     /// Takes the daemon's place: greets, says that it is ready.
@@ -225,7 +238,7 @@ impl Client {
 
     pub fn commit(&mut self, store: &Path, layer: LayerId, image: &Path) -> Reply {
         let staged = store.join("store/staged-by-commit");
-        fs::copy(image, &staged).unwrap();
+        stage(store, image, &staged);
         let file = fs::File::open(&staged).unwrap();
         // A child that another test forks holds a copy of the writer until it executes.
         let reply = until("no writer is left", || {
@@ -361,6 +374,13 @@ pub fn layer(number: u8) -> LayerId {
     LayerId { diff_id: Digest::from_sha256([number; 32]), base: true }
 }
 
+/// Copies a layer's file as the daemon of the data directory would have made it.
+pub fn stage(data: &Path, image: &Path, to: &Path) {
+    fs::copy(image, to).unwrap();
+    let daemon = fs::metadata(data.join("store")).unwrap();
+    std::os::unix::fs::chown(to, Some(daemon.uid()), Some(daemon.gid())).unwrap();
+}
+
 /// What runs `argv` over layer 1, streams to the log.
 pub fn spec(argv: &[&str]) -> RevisionSpec {
     RevisionSpec {
@@ -421,7 +441,7 @@ pub fn busybox_image() -> &'static Path {
 pub fn ready() -> (Server, Client) {
     let server = Server::new();
     let mut client = server.client();
-    assert_eq!(client.commit(&server.data, layer(1), busybox_image()), Reply::Done);
+    assert_eq!(client.commit(&server.data_of_daemon(), layer(1), busybox_image()), Reply::Done);
     (server, client)
 }
 

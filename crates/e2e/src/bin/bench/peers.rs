@@ -110,13 +110,16 @@ impl Drop for Process {
     }
 }
 
-/// The same server as a bare process on a loopback port.
+/// The same server as a bare process on a loopback port, in a session of its own, as service managers and container runtimes start one:
+/// the kernel shares the processor out among sessions first (sched(7), "The autogroup feature"). On a machine that does something else as
+/// well, a server in the session of its clients would have its answers scheduled with theirs, which no container has.
 pub(crate) fn bare_server() -> Result<(Process, SocketAddr)> {
     let address = free_address()?;
-    let child = Command::new(program::hello()?)
+    // setsid(1) becomes the server: a process that leads no group yet needs no further one for a session.
+    let child = Command::new("setsid")
+        .arg(program::hello()?)
         .env("PORT", address.port().to_string())
         .stdin(Stdio::null())
-        .process_group(0)
         .spawn()
         .context("cannot start the bare server")?;
     let process = Process(child);
