@@ -17,7 +17,7 @@ const DATA_DEFAULT: &str = "/var/lib/funtainer";
 
 /// Runs container images as functions: give an image, get a URL.
 #[derive(Debug, Parser)]
-#[command(name = "funtainer", version, max_term_width = 100, disable_help_subcommand = false)]
+#[command(name = "funtainer", version, max_term_width = 100, disable_help_subcommand = false, arg_required_else_help = true)]
 #[command(about = "Runs container images as functions: give an image, get a URL")]
 #[command(after_help = "\
 Examples:
@@ -90,7 +90,7 @@ Examples:
 FUNTAINER_LOG sets what is logged (error, warn, info, debug, or filters such as funtainer_engine=debug); default info.")]
 pub(crate) struct Serve {
     /// Address for calls; port 0 picks a free one
-    #[arg(long, value_name = "ADDR", default_value = LISTEN_DEFAULT)]
+    #[arg(long, value_parser = address, value_name = "ADDR", default_value = LISTEN_DEFAULT)]
     pub(crate) listen: SocketAddr,
     /// Path of the admin socket; a stale one is replaced
     #[arg(long, value_name = "SOCKET", default_value = ADMIN_DEFAULT)]
@@ -121,7 +121,7 @@ pub(crate) struct Deploy {
     #[arg(long, value_name = "REF", help = "Image to run: [registry/]repository[:tag][@sha256:..]")]
     pub(crate) image: String,
     /// Port of the server in the image [default: the single EXPOSE, else 8080]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = port)]
     pub(crate) port: Option<NonZeroU16>,
     /// How the image is spoken to
     #[arg(long, value_enum, default_value_t = ContractArg::Http)]
@@ -136,7 +136,7 @@ pub(crate) struct Deploy {
     #[arg(long, value_name = "M")]
     pub(crate) memory: Option<ByteSize>,
     /// Calls at once in one instance [default: 80; stdio: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = one_or_more)]
     pub(crate) concurrency: Option<NonZeroU32>,
     /// Instances that are kept without calls [default: 0]
     #[arg(long, value_name = "N")]
@@ -368,6 +368,19 @@ impl std::fmt::Display for Host {
     }
 }
 
+/// Where to listen: names are not resolved, because one can mean several addresses.
+fn address(text: &str) -> Result<SocketAddr, &'static str> {
+    text.parse().map_err(|_| "write an IP address and a port up to 65535, such as 127.0.0.1:8080 or [::1]:8080")
+}
+
+fn port(text: &str) -> Result<NonZeroU16, &'static str> {
+    text.parse().map_err(|_| "a port is a number from 1 to 65535")
+}
+
+fn one_or_more(text: &str) -> Result<NonZeroU32, &'static str> {
+    text.parse().map_err(|_| "a number from 1 up is wanted")
+}
+
 /// A duration that the server will understand, as it was written.
 fn duration(text: &str) -> Result<String, QuantityError> {
     parse_duration(text).map(|_| text.to_owned())
@@ -443,6 +456,27 @@ mod tests {
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
         }
+    }
+
+    #[test]
+    fn wrong_numbers_are_told_in_words() {
+        for (line, words) in [
+            ("deploy f --image i --port 0", "from 1 to 65535"),
+            ("deploy f --image i --port 70000", "from 1 to 65535"),
+            ("deploy f --image i --concurrency 0", "from 1 up"),
+            ("serve --listen localhost:80", "127.0.0.1:8080"),
+            ("serve --listen 127.0.0.1:70000", "127.0.0.1:8080"),
+        ] {
+            let said = parse(line).unwrap_err().to_string();
+            assert!(said.contains(words), "{line}: {said}");
+        }
+    }
+
+    #[test]
+    fn nothing_said_is_answered_with_help() {
+        let help = Cli::try_parse_from(["funtainer"]).unwrap_err();
+        assert_eq!(help.exit_code(), 2);
+        assert!(help.to_string().contains("Examples:") && !help.to_string().contains("daemon"), "{help}");
     }
 
     #[test]

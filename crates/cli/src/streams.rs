@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 
+use anyhow::Context as _;
 use serde::Serialize;
 use tokio::fs::File;
 use tokio::io::AsyncWriteExt;
@@ -62,7 +63,7 @@ pub(crate) async fn bytes(stream: &mut File, bytes: &[u8]) -> anyhow::Result<()>
 fn closed_is_known(result: io::Result<()>) -> anyhow::Result<()> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(OutputClosed.into()),
-        result => Ok(result?),
+        result => result.context("the output cannot be written"),
     }
 }
 

@@ -74,7 +74,10 @@ impl InvokeError {
             Self::CommandFailed { exit, stderr_tail, .. } => {
                 Failure::new(ErrorCode::CommandFailed, command_failed_detail(*exit, stderr_tail))
             }
-            Self::CallerGone(source) => Failure::new(ErrorCode::BadRequest, format!("the request's body broke off: {source}")),
+            Self::CallerGone(_) => {
+                let detail = "the request's body broke off, or its chunks cannot be read";
+                Failure::new(ErrorCode::BadRequest, detail).with_hint("send the whole body, framed as the request's head says")
+            }
         }
     }
 }

@@ -21,6 +21,8 @@ const DELIVERIES_MAX: u32 = 3;
 const EXIT_WAIT: Duration = Duration::from_millis(100);
 /// Seconds that a refused caller is asked to wait: an instance starts in milliseconds, and a call of average length frees a slot.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Characters of an unknown name that its error repeats: it can be as long as a request's head, and be anything.
+const NAME_SHOWN_CHARS_MAX: usize = 100;
 
 /// The answer to a call and how it came about.
 #[derive(Debug)]
@@ -46,7 +48,7 @@ pub struct Cold {
 #[derive(Debug, thiserror::Error)]
 pub enum InvokeFailure {
     /// No function of the name.
-    #[error("there is no function '{0}'")]
+    #[error("there is no function '{}'", .0.chars().take(NAME_SHOWN_CHARS_MAX).collect::<String>().escape_debug())]
     Unknown(String),
     /// Removed while the call waited.
     #[error("function '{0}' was removed while the call waited")]

@@ -99,16 +99,70 @@ impl From<ImportError> for ImageError {
     }
 }
 
+/// Layers of the HTTP client between an error and what happened; they tell a user nothing.
+const LAYERS_OF_THE_CLIENT: [&str; 5] =
+    ["error sending request", "client error (Connect)", "tcp connect error", "dns error", "error resolving DNS"];
+/// How the resolver begins where a name has no address; what follows is its query in Rust's notation.
+const NO_ADDRESS: &str = "no records found for Query";
+
 /// An error with its causes in one line. A cause that its effect already names is not said twice.
 pub(crate) fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
         let more = error.to_string();
-        if !text.ends_with(&more) {
-            text = format!("{text}: {more}");
+        // Some layers repeat their cause.
+        let mut told = more.as_str();
+        while let Some(rest) = LAYERS_OF_THE_CLIENT.iter().find_map(|layer| told.strip_prefix(layer)) {
+            told = rest.strip_prefix(": ").unwrap_or(rest);
+        }
+        told = told.strip_prefix("DNS error: ").unwrap_or(told);
+        if told.starts_with(NO_ADDRESS) {
+            told = "the name has no address (DNS)";
+        }
+        if !told.is_empty() && !text.ends_with(told) {
+            text = format!("{text}: {told}");
         }
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Link(&'static str, #[source] Option<Box<Link>>);
+
+    fn chained(texts: &[&'static str]) -> String {
+        let links = texts.iter().rev().fold(None, |cause, text| Some(Box::new(Link(text, cause))));
+        chain(&*links.unwrap())
+    }
+
+    #[test]
+    fn causes_are_told_once_and_layers_not_at_all() {
+        assert_eq!(chained(&["a", "b", "b"]), "a: b");
+        assert_eq!(
+            chained(&[
+                "x cannot be reached",
+                "error sending request",
+                "client error (Connect)",
+                "tcp connect error",
+                "refused"
+            ]),
+            "x cannot be reached: refused"
+        );
+        assert_eq!(
+            chained(&[
+                "x cannot be reached",
+                "client error (Connect)",
+                "dns error",
+                "error resolving DNS: DNS error: no records found for Query { name: 1 }",
+                "DNS error: no records found for Query { name: 1 }",
+            ]),
+            "x cannot be reached: the name has no address (DNS)"
+        );
+    }
 }

@@ -14,6 +14,15 @@ use crate::fake::wait_until;
 use crate::{Bench, get, http, http_request, id, seconds, stdio, text, with};
 
 #[tokio::test(start_paused = true)]
+async fn names_that_nobody_has_are_shown_harmlessly() {
+    let bench = Bench::new().await;
+    let failure = bench.engine.invoke("no\0such\u{1b}[31m", get("/")).await.err().unwrap().failure();
+    assert_eq!(failure.detail, "there is no function 'no\\0such\\u{1b}[31m'");
+    let long = bench.engine.invoke(&"x".repeat(10_000), get("/")).await.err().unwrap().failure();
+    assert!(long.detail.len() < 200, "{}", long.detail);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_first_call_starts_an_instance_and_says_so_and_the_next_ones_use_it() {
     let bench = Bench::new().await;
     bench.deploy(http("A_b")).await.unwrap();
