@@ -152,6 +152,19 @@ fn kernel_files_are_masked_and_devices_closed() -> Result<()> {
 }
 
 #[test]
+fn an_image_whose_links_lead_mounts_astray_is_refused() -> Result<()> {
+    with_shell(|_, server| {
+        for (name, target) in [("dev", "/tmp"), ("proc", "../../../tmp"), ("sys", "/etc")] {
+            let link = Tree::new().symlink(name, target)?.layer(Compression::Plain)?;
+            server
+                .import(&Image::build(vec![link, catalog::busybox_layer()?], &Config::command(&["/bin/true"]))?, "astray:1")?;
+            server.refused(["run", "astray:1"], 125, "image-invalid")?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
 fn memory_covers_the_writable_layer() -> Result<()> {
     with_shell(|_, server| {
         server.import(

@@ -51,6 +51,10 @@ fn the_body_is_standard_input_and_the_output_is_the_answer() -> Result<()> {
         ensure!(nothing.body.is_empty() && nothing.header("server-timing").is_some(), "{nothing:?}");
         ensure!(nothing.header("x-exit-code").or(nothing.trailer("x-exit-code")) == Some("0"), "{nothing:?}");
 
+        // Scripts open their streams anew, whatever their user.
+        script(&server, "reopened", "cat /dev/stdin > /dev/stdout; echo more > /proc/self/fd/1; echo logged > /dev/stderr")?;
+        ensure!(post(&server, "reopened", b"bytes\n")?.expect(200)?.body == b"bytes\nmore\n");
+
         // Each call has a fresh container.
         script(&server, "fresh", "test -e /tmp/mark && echo old || echo new; touch /tmp/mark")?;
         for _ in 0..3 {
