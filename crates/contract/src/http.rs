@@ -4,6 +4,7 @@
 //! (the gateway's) a connection never leaves the core on which its caller is served.
 
 mod head;
+mod metered;
 mod pool;
 
 use std::io;
@@ -64,6 +65,7 @@ impl Client {
                     return Err(InvokeError::Broken("it switched to a protocol that was not asked for".into()));
                 }
                 Ok(mut response) => {
+                    lease.head_came();
                     if !head::rewrite_response(&mut response) {
                         lease.never_again();
                     }

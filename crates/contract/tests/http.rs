@@ -356,6 +356,17 @@ async fn without_a_connection_the_call_comes_back() {
 }
 
 #[tokio::test]
+async fn interim_answers_without_end_are_cut_off() {
+    let (client, _) = client_of(|_, mut stream| async move {
+        read_head(&mut stream).await.unwrap();
+        while stream.write_all(b"HTTP/1.1 103 Early Hints\r\n\r\n").await.is_ok() {}
+    })
+    .await;
+    let error = in_time(client.invoke(get("/"))).await.unwrap_err();
+    assert!(matches!(error, InvokeError::Broken(_)), "{error:?}");
+}
+
+#[tokio::test]
 async fn a_caller_that_breaks_off_is_told_apart() {
     let (client, _) = hyper_server(|request| async move {
         let _ = request.into_body().collect().await;

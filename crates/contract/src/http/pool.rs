@@ -23,6 +23,7 @@ use hyper::client::conn::http1::{Builder, SendRequest};
 use hyper_util::rt::TokioIo;
 use tokio::task::AbortHandle;
 
+use super::metered::{Allowance, Metered};
 use crate::{CallBody, Connect};
 
 /// Connections that one thread keeps to one instance; more than this were open at once, and closing the surplus is cheap.
@@ -69,6 +70,7 @@ struct Idle {
 /// Dropping it closes the connection.
 struct Connection {
     send: SendRequest<CallBody>,
+    allowance: Allowance,
     task: AbortHandle,
 }
 
@@ -117,10 +119,13 @@ impl Pool {
         let shard = SHARD.with(|shard| *shard);
         let stream = self.connect.connect(None).await?;
         stream.set_nodelay(true)?;
+        let allowance = Allowance::default();
+        // Nothing is asked for yet; what comes all the same is for hyper to judge.
+        allowance.body();
         let (send, connection) = Builder::new()
             .max_headers(HEADERS_MAX)
             .max_buf_size(READ_BUFFER_BYTES_MAX)
-            .handshake(TokioIo::new(stream))
+            .handshake(TokioIo::new(Metered::new(stream, allowance.clone())))
             .await
             .map_err(io::Error::other)?;
         let task = tokio::spawn(async move {
@@ -128,7 +133,7 @@ impl Pool {
                 tracing::debug!(%error, "a connection to a function ended");
             }
         });
-        Ok(self.lease(Connection { send, task: task.abort_handle() }, shard))
+        Ok(self.lease(Connection { send, allowance, task: task.abort_handle() }, shard))
     }
 
     fn lease(self: &Arc<Self>, connection: Connection, shard: usize) -> Lease {
@@ -156,7 +161,15 @@ impl Lease {
         request: Request<CallBody>,
     ) -> impl Future<Output = Result<Response<Incoming>, TrySendError<Request<CallBody>>>> + use<> {
         let connection = self.connection.as_mut().expect("a call is sent before its answer ends");
+        connection.allowance.heads(READ_BUFFER_BYTES_MAX);
         connection.send.try_send_request(request)
+    }
+
+    /// The head of the answer is here.
+    pub(super) fn head_came(&self) {
+        if let Some(connection) = &self.connection {
+            connection.allowance.body();
+        }
     }
 
     /// The connection closes with the answer.
