@@ -7,7 +7,7 @@
 //! 4. zygote, once: [`make_private`], [`device_tree`].
 //! 5. init: [`attach`] the root, [`target`] and [`attach`] for `/proc`, `/sys`, `/dev` and what lies in it, [`pivot`], [`mask_all`].
 //!
-//! Functions that the init calls neither allocate nor lock; they say so. [`probe`] tells what the running kernel lacks.
+//! Functions that the init calls neither allocate nor lock; they say so. [`probe()`] tells what the running kernel lacks.
 
 mod inside;
 mod layers;

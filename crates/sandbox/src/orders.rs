@@ -3,7 +3,7 @@
 //! ```text
 //! kind u8 │ zero u8 × 3 │ value i32 │ instance 16 bytes │ text (of SetUpFailed and SpawnFailed only, at most 96 bytes)
 //! ```
-//! Descriptors of `Spawn`: root file system, init pair, [stdin,] stdout, stderr, then the doors of the cgroups. `MoreSockets`: the pair.
+//! Descriptors of `Spawn`: root file system, init pair, stdin where it is given, stdout, stderr, then the doors of the cgroups. `MoreSockets`: the pair.
 //! `Spawned`: the init's pidfd. The others carry none. Both sides are one process image, yet the keeper checks what it reads: a zygote
 //! shares a kernel with what it started.
 

@@ -5,8 +5,8 @@
 //! ```
 //!
 //! Checked are processes, mounts, network namespaces, control groups named `funtainer-*`, loop devices, listening ports, and files in the data
-//! directory and at the admin socket that a stopped server has no use for. On a machine for itself ([`Subject::machine`]) everything new counts.
-//! Beside other tests ([`Subject::fenced`]) that counts which belongs to the test: by its [`Scope`], its data directory, or the id of that.
+//! directory and at the admin socket that a stopped server has no use for. On a machine for itself (without a [`Subject::scope`]) everything new counts.
+//! Beside other tests (with one) that counts which belongs to the test: by its [`Scope`], its data directory, or the id of that.
 //! The `leakcheck` program does the same for people.
 
 pub mod parse;
