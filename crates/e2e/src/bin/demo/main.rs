@@ -1,6 +1,6 @@
 //! funtainer at work, for people: the steps as they would be typed, with the time of each, and nothing left afterwards.
 //!
-//! Every process and directory belongs to a value of [`Stage`] or of a step, so that they go in each case: at the end, after a failure, and after an
+//! Every process and directory belongs to a value that some step holds, so that they go in each case: at the end, after a failure, and after an
 //! interrupt, which takes effect between two commands.
 #![forbid(unsafe_code)]
 
