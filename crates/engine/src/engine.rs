@@ -109,6 +109,10 @@ impl Engine {
         let function = self.shared.get(id)?;
         let revision = function.current.load_full();
         let scale = &revision.record.spec.scale;
+        if instances != 0 && revision.record.spec.contract == Contract::Stdio {
+            let detail = format!("function '{id}' starts a fresh instance for each call: it can be scaled to 0 only");
+            return Err(Failure::new(ErrorCode::ScaleOutOfRange, detail).with_hint("scale it to 0 to end the calls in flight"));
+        }
         if instances != 0 && !(scale.min..=scale.max).contains(&instances) {
             let or_none = if scale.min == 0 { "" } else { ", or none" };
             let detail = format!("function '{id}' can have {} to {} instances{or_none}: not {instances}", scale.min, scale.max);

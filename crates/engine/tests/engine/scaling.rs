@@ -7,7 +7,7 @@ use funtainer_engine::InstanceState;
 use funtainer_model::ErrorCode;
 
 use crate::fake::wait_until;
-use crate::{Bench, http, id, seconds, with};
+use crate::{Bench, http, id, seconds, stdio, with};
 
 #[tokio::test(start_paused = true)]
 async fn instances_follow_the_calls_in_flight_up_to_max() {
@@ -125,6 +125,9 @@ async fn scale_is_no_setting_and_returns_when_all_is_done() {
         let failure = bench.engine.scale(&id("f"), bad).await.unwrap_err();
         assert_eq!(failure.code, ErrorCode::ScaleOutOfRange);
     }
+    bench.deploy(stdio("cat")).await.unwrap();
+    assert_eq!(bench.engine.scale(&id("cat"), 1).await.unwrap_err().code, ErrorCode::ScaleOutOfRange);
+    bench.engine.scale(&id("cat"), 0).await.unwrap();
     assert_eq!(bench.engine.scale(&id("f"), 4).await.unwrap().instances.len(), 4);
     assert_eq!(bench.engine.scale(&id("f"), 2).await.unwrap().instances.len(), 2);
     assert_eq!(bench.fake.alive(), 2);
