@@ -5,6 +5,7 @@ use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -36,16 +37,20 @@ impl Drop for Undo {
 
 struct Place {
     home: tempfile::TempDir,
+    /// Id of the data directory, another one for each test of this process: they run at the same time.
+    id: u64,
     scope: Scope,
     before: Snapshot,
 }
 
 impl Place {
     fn new() -> Result<Self> {
+        static PLACES: AtomicU64 = AtomicU64::new(0);
+        let id = (u64::from(std::process::id()) << 16) + PLACES.fetch_add(1, Ordering::Relaxed);
         let home = paths::scratch("leak")?;
         fs::create_dir_all(home.path().join("data/store/tmp"))?;
-        fs::write(home.path().join("data/id"), format!("{:016x}\n", std::process::id()))?;
-        Ok(Self { home, scope: Scope::create()?, before: Snapshot::take()? })
+        fs::write(home.path().join("data/id"), format!("{id:016x}\n"))?;
+        Ok(Self { home, id, scope: Scope::create()?, before: Snapshot::take()? })
     }
 
     fn data(&self) -> PathBuf {
@@ -159,8 +164,8 @@ fn a_namespace_pinned_by_a_file_is_found() -> Result<()> {
 fn a_control_group_is_found_by_the_id_of_the_data_directory() -> Result<()> {
     let place = Place::new()?;
     let top = place.scope.procs().parent().and_then(Path::parent).context("a control group has a parent")?.to_owned();
-    let ours = top.join(format!("funtainer-{:016x}", std::process::id()));
-    let others = top.join(format!("funtainer-f{:015x}", std::process::id()));
+    let ours = top.join(format!("funtainer-{:016x}", place.id));
+    let others = top.join(format!("funtainer-f{:015x}", place.id));
     fs::create_dir(&others)?;
     let undo = Undo(vec!["rmdir".into(), others.display().to_string()]);
     place.expect_nothing()?;
@@ -177,9 +182,7 @@ fn a_control_group_is_found_by_the_id_of_the_data_directory() -> Result<()> {
 fn a_process_in_the_products_control_group_is_found() -> Result<()> {
     let place = Place::new()?;
     let top = place.scope.procs().parent().and_then(Path::parent).context("a control group has a parent")?.to_owned();
-    // Another file than the id of the test beside: this one has its own directory.
-    let name = format!("{:016x}", u64::from(std::process::id()) << 16);
-    fs::write(place.data().join("id"), &name)?;
+    let name = format!("{:016x}", place.id);
     let group = top.join(format!("funtainer-{name}"));
     fs::create_dir(&group)?;
     let undo = Undo(vec!["rmdir".into(), group.display().to_string()]);
