@@ -343,3 +343,8 @@ fn traces(server: &Server, zygote: i32) -> Vec<usize> {
     traces.extend(harness::cgroups(&id).iter().map(|path| harness::directories(path)));
     traces
 }
+
+#[test]
+fn all_of_this_works_in_the_ways_of_the_oldest_kernels() {
+    harness::again_in_the_oldest_ways("all_of_this_works_in_the_ways_of_the_oldest_kernels", &[]);
+}

@@ -459,3 +459,15 @@ pub fn cgroups(id: &str) -> Vec<PathBuf> {
 pub fn directories(path: &Path) -> usize {
     fs::read_dir(path).unwrap().filter(|entry| entry.as_ref().unwrap().file_type().unwrap().is_dir()).count()
 }
+
+/// Makes `keeper_host` mount in the ways of the oldest kernels.
+const OLDEST: &str = "KEEPER_HOST_OLDEST";
+
+/// Runs the tests of this program again, those whose names contain one of `names` (none: all), with a keeper that mounts in the ways of the
+/// oldest kernels. `caller` is the test that calls this.
+pub fn again_in_the_oldest_ways(caller: &str, names: &[&str]) {
+    let again =
+        Command::new(std::env::current_exe().unwrap()).args(["--skip", caller]).args(names).env(OLDEST, "1").output().unwrap();
+    let text = String::from_utf8_lossy(&again.stdout);
+    assert!(again.status.success() && !text.contains("running 0 tests"), "{text}{}", String::from_utf8_lossy(&again.stderr));
+}
