@@ -171,7 +171,7 @@ fn ten_daemons_that_die_before_they_are_ready_end_it() {
     // 0.1 + 0.2 + 0.4 + 0.8 + 1.6 + 3.2 + 3 × 5 seconds.
     let status = server.child.wait().unwrap();
     assert_eq!(status.code(), Some(70));
-    assert!((20..30).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
+    assert!((20..60).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
     let mut line = String::new();
     std::io::Read::read_to_string(&mut server.stdout, &mut line).unwrap();
     assert_eq!(line, "", "nothing was announced");
