@@ -1,9 +1,10 @@
 //! The profile of system calls, as data.
 //!
-//! Source: the default profile of moby (`profiles/seccomp/default.json`) as it applies to a container with our capabilities on a kernel
-//! since 4.8, that is with its rules for `ptrace` and without those that need capabilities which no container of ours has. Ours differs in
-//! being stricter: no `io_uring`, socket families as a list of those allowed, no `ioctl` that feeds or reconfigures a terminal, no
-//! `chroot`; no 32-bit calls at all. And in what is not named: `ENOSYS` where Docker has `EPERM` for numbers below its newest one.
+//! Source: the default profile of moby (module `github.com/moby/profiles/seccomp`, v0.3.0) as it applies to a container with our
+//! capabilities on a kernel since 4.8, that is with its rules for `ptrace` and without those that need capabilities which no container of
+//! ours has. Ours differs in being stricter: four socket families only, no `ioctl` that feeds or reconfigures a terminal, no 32-bit calls at
+//! all. And in what is not named: `ENOSYS` where Docker has `EPERM` for numbers below its newest one. The test `reference` compares the two,
+//! number by number.
 
 /// A system call: its name and its number on this architecture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,7 +127,13 @@ mod number {
     }
 
     #[cfg(target_arch = "x86_64")]
-    numbers!(SYS_io_pgetevents = 333, SYS_create_module = 174, SYS_get_kernel_syms = 177, SYS_query_module = 178);
+    numbers!(
+        SYS_create_module = 174,
+        SYS_get_kernel_syms = 177,
+        SYS_io_pgetevents = 333,
+        SYS_query_module = 178,
+        SYS_uretprobe = 335,
+    );
     #[cfg(target_arch = "aarch64")]
     numbers!(
         SYS_io_pgetevents = 292,
@@ -142,6 +149,8 @@ mod number {
         SYS_futex_wake = 454,
         SYS_futex_wait = 455,
         SYS_futex_requeue = 456,
+        SYS_statmount = 457,
+        SYS_listmount = 458,
         SYS_setxattrat = 463,
         SYS_getxattrat = 464,
         SYS_listxattrat = 465,
@@ -250,6 +259,7 @@ const ALLOWED: &[Named] = calls![
     SYS_lgetxattr,
     SYS_linkat,
     SYS_listen,
+    SYS_listmount,
     SYS_listxattr,
     SYS_listxattrat,
     SYS_llistxattr,
@@ -379,6 +389,7 @@ const ALLOWED: &[Named] = calls![
     SYS_signalfd4,
     SYS_splice,
     SYS_statfs,
+    SYS_statmount,
     SYS_statx,
     SYS_symlinkat,
     SYS_sync,
@@ -453,6 +464,7 @@ const ALLOWED_HERE: &[Named] = calls![
     SYS_sync_file_range,
     SYS_time,
     SYS_unlink,
+    SYS_uretprobe,
     SYS_utime,
     SYS_utimes,
     SYS_vfork,

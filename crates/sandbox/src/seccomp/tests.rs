@@ -1,54 +1,22 @@
 //! The program is run by an interpreter of our own for every number, and installed in a child that makes real calls.
 
+mod interpreter;
+#[cfg(target_arch = "x86_64")]
+mod reference;
+
 use std::collections::BTreeMap;
 
-use libc::{BPF_ABS, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
 use rustix::io::Errno;
+
+use interpreter::{data, interpret};
 
 use super::*;
 use crate::step::{StepError, checked};
 use crate::testing::{Child, ensure, refused, run};
 use crate::userns;
 
-/// `struct seccomp_data` as words of 32 bits, little endian: number, architecture, instruction pointer, arguments.
-fn data(architecture: u32, number: u32, arguments: [u64; 6]) -> [u32; 16] {
-    let mut words = [0; 16];
-    words[0] = number;
-    words[1] = architecture;
-    words[2] = 0xDEAD_BEEF;
-    for (index, argument) in arguments.into_iter().enumerate() {
-        words[4 + 2 * index] = argument as u32;
-        words[5 + 2 * index] = (argument >> 32) as u32;
-    }
-    words
-}
-
-/// Runs a program as the kernel does. Returns its value and how many instructions it took. Panics at what the kernel would refuse to load.
-fn interpret(program: &[sock_filter], data: &[u32; 16]) -> (u32, usize) {
-    let mut accumulator = 0_u32;
-    let mut place = 0;
-    for steps in 1..=program.len() {
-        let sock_filter { code, jt, jf, k } = program[place];
-        place += 1;
-        let branch = |holds: bool| usize::from(if holds { jt } else { jf });
-        match u32::from(code) {
-            code if code == BPF_LD | BPF_W | BPF_ABS => {
-                assert!(k % 4 == 0, "loads are of whole words");
-                accumulator = data[k as usize / 4];
-            }
-            code if code == BPF_RET | BPF_K => return (k, steps),
-            code if code == BPF_JMP | BPF_JA => place += k as usize,
-            code if code == BPF_JMP | BPF_JEQ | BPF_K => place += branch(accumulator == k),
-            code if code == BPF_JMP | BPF_JGE | BPF_K => place += branch(accumulator >= k),
-            code if code == BPF_JMP | BPF_JSET | BPF_K => place += branch(accumulator & k != 0),
-            code => panic!("instruction {code:#x} is not one of ours"),
-        }
-    }
-    panic!("the program does not end");
-}
-
 fn verdict(filter: &Filter, number: u32, arguments: [u64; 6]) -> u32 {
-    interpret(filter.instructions(), &data(ARCHITECTURE, number, arguments)).0
+    interpret(filter.instructions(), &data(ARCHITECTURE, number, arguments)).value
 }
 
 /// The table of a profile, made in the plainest way.
@@ -118,7 +86,7 @@ fn foreign_numbers_and_architectures_are_killed() {
     for architecture in architectures.into_iter().filter(|architecture| *architecture != ARCHITECTURE) {
         for number in (0..1024).chain([u32::MAX]) {
             assert_eq!(
-                interpret(filter.instructions(), &data(architecture, number, [0; 6])).0,
+                interpret(filter.instructions(), &data(architecture, number, [0; 6])).value,
                 kill,
                 "{architecture:#x} {number}"
             );
@@ -202,7 +170,7 @@ fn what_must_be_closed_is_closed() {
 #[test]
 fn the_path_to_every_verdict_is_short() {
     let filter = Filter::compile(&DEFAULT);
-    let longest = (0..1024).map(|number| interpret(filter.instructions(), &data(ARCHITECTURE, number, [0; 6])).1).max();
+    let longest = (0..1024).map(|number| interpret(filter.instructions(), &data(ARCHITECTURE, number, [0; 6])).steps).max();
     // log2 of the ranges, the head and the longest check; a chain over all numbers would take hundreds.
     assert!(longest <= Some(20), "{longest:?} instructions");
     assert!(filter.instructions().len() < 300, "{} instructions", filter.instructions().len());
