@@ -36,6 +36,13 @@ pub enum Test {
     OneOf(&'static [u32]),
     /// It is none of these values.
     NoneOf(&'static [u32]),
+    /// Of the bits in `mask`, those in `value` are set and the others are not.
+    Masked {
+        /// What is looked at.
+        mask: u32,
+        /// What must stand there.
+        value: u32,
+    },
 }
 
 impl Test {
@@ -45,6 +52,7 @@ impl Test {
             Self::AllClear(mask) => argument & mask == 0,
             Self::OneOf(values) => values.contains(&argument),
             Self::NoneOf(values) => !values.contains(&argument),
+            Self::Masked { mask, value } => argument & mask == value,
         }
     }
 }
@@ -64,7 +72,7 @@ pub struct Profile {
 macro_rules! named {
     ($name:ident) => {
         // The prefix `SYS_` of the constant is no part of the name.
-        Named { name: stringify!($name).split_at(4).1, number: number::$name as u32 }
+        $crate::seccomp::Named { name: stringify!($name).split_at(4).1, number: $crate::seccomp::profile::number::$name as u32 }
     };
 }
 
@@ -91,7 +99,7 @@ pub const DEFAULT: Profile = Profile {
 
 /// Flags of `clone` that make namespaces: a user namespace would bring back every capability. `clone3` passes its flags in memory, where
 /// a filter cannot look, so it is absent.
-const NAMESPACES: u32 = (libc::CLONE_NEWNS
+pub(super) const NAMESPACES: u32 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWCGROUP
     | libc::CLONE_NEWUTS
     | libc::CLONE_NEWIPC
@@ -101,7 +109,8 @@ const NAMESPACES: u32 = (libc::CLONE_NEWNS
 
 /// Socket families that programs need. Not among them: `AF_ALG`, `AF_VSOCK`, `AF_PACKET`, `AF_XDP`, and some forty more, each a kernel
 /// module that could be loaded by asking for it.
-const FAMILIES: [u32; 4] = [libc::AF_UNIX as u32, libc::AF_INET as u32, libc::AF_INET6 as u32, libc::AF_NETLINK as u32];
+pub(super) const FAMILIES: [u32; 4] =
+    [libc::AF_UNIX as u32, libc::AF_INET as u32, libc::AF_INET6 as u32, libc::AF_NETLINK as u32];
 
 /// Types a character into a terminal's input.
 const TIOCSTI: u32 = 0x5412;
@@ -119,11 +128,11 @@ const UNAME26: u32 = 0x2_0000;
 
 /// Numbers that the `libc` crate does not have yet; from 424 on they are the same on every architecture.
 #[expect(non_upper_case_globals, reason = "the names are those of the crate libc")]
-mod number {
-    pub(super) use libc::*;
+pub(super) mod number {
+    pub(in crate::seccomp) use libc::*;
 
     macro_rules! numbers {
-        ($($name:ident = $number:literal),* $(,)?) => { $(pub(super) const $name: c_long = $number;)* };
+        ($($name:ident = $number:literal),* $(,)?) => { $(pub(in crate::seccomp) const $name: c_long = $number;)* };
     }
 
     #[cfg(target_arch = "x86_64")]

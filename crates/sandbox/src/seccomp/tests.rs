@@ -38,6 +38,7 @@ fn hostile(test: Test) -> Vec<u64> {
     let named: Vec<u32> = match test {
         Test::AllClear(mask) => vec![mask],
         Test::OneOf(values) | Test::NoneOf(values) => values.to_vec(),
+        Test::Masked { mask, value } => vec![mask, value],
     };
     let bits = (0..32).map(|bit| 1_u32 << bit);
     let low: Vec<u32> = named
@@ -53,8 +54,14 @@ fn hostile(test: Test) -> Vec<u64> {
 
 #[test]
 fn every_number_gets_what_the_table_says() {
-    let filter = Filter::compile(&DEFAULT);
-    let (said, checks) = table(&DEFAULT);
+    for profile in [&DEFAULT, &DAEMON] {
+        check_table(profile);
+    }
+}
+
+fn check_table(profile: &Profile) {
+    let filter = Filter::compile(profile);
+    let (said, checks) = table(profile);
     let others = [1 << 16, 0x3FFF_FFFF, u32::MAX];
     for number in (0..1024).chain(others) {
         if let Some(check) = checks.get(&number) {
@@ -165,6 +172,58 @@ fn what_must_be_closed_is_closed() {
     // Only the lower half counts to the kernel: garbage above it hides nothing.
     let hidden = u64::from(libc::TIOCSTI as u32) | 7 << 32;
     assert_eq!(verdict(&filter, libc::SYS_ioctl as u32, [0, hidden, 0, 0, 0, 0]), denied);
+}
+
+/// What a daemon that was taken over would want first.
+#[test]
+fn the_daemon_cannot_do_what_it_has_no_use_for() {
+    let (said, checks) = table(&DAEMON);
+    // Nothing that an image may not do, and less.
+    let (inside, _) = table(&DEFAULT);
+    for (number, verdict) in &said {
+        assert!(inside.get(number) == Some(&Verdict::Allow) && *verdict == Verdict::Allow, "number {number}");
+    }
+    let absent = [
+        libc::SYS_execve,
+        libc::SYS_execveat,
+        libc::SYS_clone3,
+        libc::SYS_ptrace,
+        libc::SYS_process_vm_readv,
+        libc::SYS_process_vm_writev,
+        libc::SYS_kill,
+        libc::SYS_pidfd_open,
+        libc::SYS_pidfd_send_signal,
+        libc::SYS_setresuid,
+        libc::SYS_setgroups,
+        libc::SYS_capset,
+        libc::SYS_mknodat,
+        libc::SYS_personality,
+        libc::SYS_shmget,
+        libc::SYS_msgget,
+        libc::SYS_mq_open,
+        libc::SYS_io_setup,
+        libc::SYS_inotify_init1,
+        libc::SYS_prlimit64,
+    ];
+    for number in absent {
+        let number = number as u32;
+        assert!(!said.contains_key(&number) || checks.contains_key(&number), "number {number}");
+    }
+    let filter = Filter::compile(&DAEMON);
+    let denied = |number: libc::c_long, arguments: [u64; 6]| {
+        assert_eq!(verdict(&filter, number as u32, arguments), DENIED.code(), "{number} {arguments:x?}");
+    };
+    // A process, namespaces with and without a thread.
+    denied(libc::SYS_clone, [libc::SIGCHLD as u64, 0, 0, 0, 0, 0]);
+    denied(libc::SYS_clone, [libc::CLONE_NEWUSER as u64, 0, 0, 0, 0, 0]);
+    denied(libc::SYS_clone, [(libc::CLONE_THREAD | libc::CLONE_NEWNET) as u64, 0, 0, 0, 0, 0]);
+    // Memory that can be executed.
+    for protection in [libc::PROT_EXEC, libc::PROT_EXEC | libc::PROT_READ | libc::PROT_WRITE] {
+        denied(libc::SYS_mmap, [0, 4096, protection as u64, 0, 0, 0]);
+        denied(libc::SYS_mprotect, [0, 4096, protection as u64, 0, 0, 0]);
+    }
+    denied(libc::SYS_prctl, [libc::PR_SET_DUMPABLE as u64, 1, 0, 0, 0, 0]);
+    denied(libc::SYS_socket, [libc::AF_NETLINK as u64, libc::SOCK_RAW as u64, 0, 0, 0, 0]);
 }
 
 #[test]
