@@ -10,7 +10,7 @@ use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 
-use funtainer_sandbox::daemon::take_inherited_fds;
+use funtainer_sandbox::daemon::{confine, take_inherited_fds};
 use funtainer_sandbox::fds;
 use funtainer_sandbox::keeper::{KeeperSettings, run};
 use funtainer_sandbox::mount::Features;
@@ -51,6 +51,7 @@ fn serve(admin: &str, data: &str) -> Result<ExitCode, Box<dyn Error>> {
 /// Lends the control socket to one client after the other; a client that sends a byte ends this process with that byte as code.
 fn daemon(listeners: &str) -> Result<ExitCode, Box<dyn Error>> {
     let inherited = take_inherited_fds(listeners.parse()?)?;
+    confine()?;
     if let Some(code) = std::env::var_os("KEEPER_HOST_DIES") {
         return Ok(ExitCode::from(code.to_str().unwrap_or("1").parse::<u8>()?));
     }

@@ -38,6 +38,7 @@ use rustix::process::Resource;
 
 use crate::cgroup::{CgroupError, Hierarchy, Layout};
 use crate::clone::{Cloned, clone3};
+use crate::executable::Executable;
 use crate::mount::{self, Features, Missing, Mounts};
 use crate::protocol::{MESSAGE_BYTES_MAX, Reply, number_of};
 use crate::signals::{self, SignalSet};
@@ -206,6 +207,7 @@ struct Respawn {
 
 struct Keeper {
     settings: KeeperSettings,
+    executable: Executable,
     user: DaemonUser,
     title: Title,
     epoll: OwnedFd,
@@ -231,10 +233,12 @@ struct Keeper {
     buffer: Vec<u8>,
 }
 
-/// Runs the keeper until it is asked to stop (SIGTERM, SIGINT) or cannot go on. Must be called before any thread is started.
+/// Runs the keeper until it is asked to stop (SIGTERM, SIGINT) or cannot go on. Must be called before any thread is started, and before
+/// anything is opened: the program is executed anew once, with the same arguments, from a place that images cannot reach.
 /// Everything it made is gone afterwards.
 pub fn run(settings: KeeperSettings) -> Result<Ended, KeeperError> {
-    let mut keeper = Keeper::open(settings)?;
+    let executable = Executable::settle()?;
+    let mut keeper = Keeper::open(settings, executable)?;
     let ended = keeper.serve();
     // Both errors are kept: that of the work is returned, that of the clean-up is logged where it happens.
     keeper.close();
@@ -242,7 +246,7 @@ pub fn run(settings: KeeperSettings) -> Result<Ended, KeeperError> {
 }
 
 impl Keeper {
-    fn open(settings: KeeperSettings) -> Result<Self, KeeperError> {
+    fn open(settings: KeeperSettings, executable: Executable) -> Result<Self, KeeperError> {
         if !rustix::process::geteuid().is_root() {
             let reason = "the sandbox is made by root: run `funtainer serve` with sudo".to_owned();
             return Err(KeeperError::Missing(Missing { feature: "root", reason }));
@@ -291,6 +295,7 @@ impl Keeper {
             };
         Ok(Self {
             settings,
+            executable,
             user,
             title,
             epoll,
@@ -413,6 +418,7 @@ impl Keeper {
         let birth = Birth {
             data: data.as_fd(),
             user: self.user,
+            executable: &self.executable,
             argv: &argv,
             control: theirs.as_fd(),
             admin: self.admin.socket.as_fd(),

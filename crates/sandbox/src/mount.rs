@@ -146,6 +146,11 @@ fn set_attributes(directory: BorrowedFd<'_>, path: &CStr, flags: libc::c_int, at
     checked(result).map(drop)
 }
 
+/// Sets flags of the mount behind a descriptor, besides those that it has.
+pub(crate) fn add_flags(mount: BorrowedFd<'_>, flags: MountAttrFlags) -> Result<(), Errno> {
+    set_attributes(mount, c"", libc::AT_EMPTY_PATH, &Attributes { set: flags.bits().into(), ..Attributes::default() })
+}
+
 /// A number as a C string, without an allocation.
 struct Digits([u8; Self::BYTES]);
 

@@ -109,6 +109,14 @@ pub fn no_new_privs() -> Result<(), StepError> {
     rustix::thread::set_no_new_privs(true).map_err(at("set no_new_privs"))
 }
 
+/// Closes this process to all that are not root over the user namespace which it was executed in, as `ptrace` does (prctl(2),
+/// `PR_SET_DUMPABLE`): links, memory and descriptors under its `/proc/PID`. An exec ends it.
+///
+/// One system call: may be called between clone and exec.
+pub fn not_dumpable() -> Result<(), StepError> {
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable).map_err(at("set not dumpable"))
+}
+
 /// A child in a new user namespace that does nothing; killed and reaped when dropped.
 struct Sleeper {
     pid: i32,
