@@ -7,6 +7,7 @@
 pub mod cgroup;
 mod clone;
 pub mod daemon;
+mod exec;
 pub mod fds;
 mod init;
 pub mod keeper;
@@ -18,6 +19,7 @@ pub mod protocol;
 pub mod seccomp;
 mod signals;
 pub mod step;
+mod terminal;
 #[cfg(test)]
 mod testing;
 pub mod title;
