@@ -109,7 +109,7 @@ impl Prepared {
                 Streams::Terminal(size) => Some(size),
                 Streams::Log | Streams::Call => None,
             },
-            read_only_root: spec.read_only_root,
+            read_only_root: spec.isolation.read_only,
             stop_signal: spec.stop_signal.number().into(),
         }
     }

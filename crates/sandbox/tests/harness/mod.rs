@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use funtainer_model::{Digest, ExecId, InstanceId, LayerId, RevisionId, StopSignal};
+use funtainer_model::{ByteSize, Digest, ExecId, InstanceId, Isolation, LayerId, Limits, RevisionId, StopSignal};
 use funtainer_sandbox::fds;
 use funtainer_sandbox::protocol::{
     ExecSpec, ExitRecord, InitMessage, MESSAGE_BYTES_MAX, Refusal, Reply, Request, RevisionSpec, SocketCounts, Streams,
@@ -305,7 +305,7 @@ impl Client {
         let (ours, theirs) = fds::pair().unwrap();
         let (stdin_read, stdin) = pipe_with(PipeFlags::CLOEXEC).unwrap();
         let (stdout, stdout_write) = pipe_with(PipeFlags::CLOEXEC).unwrap();
-        let request = Request::Start { instance, revision, memory_bytes: MEMORY, descriptor: Vec::new() };
+        let request = Request::Start { instance, revision, descriptor: Vec::new() };
         let sent = [theirs.as_fd(), stdin_read.as_fd(), stdout_write.as_fd()];
         let (reply, mut descriptors) = self.ask_with(&request, &sent);
         match reply {
@@ -435,7 +435,7 @@ pub fn exec(number: u128) -> ExecId {
 
 /// The request for a start whose streams are not a call's.
 pub fn start_request(revision: RevisionId, instance: InstanceId) -> Request {
-    Request::Start { instance, revision, memory_bytes: MEMORY, descriptor: b"opaque".to_vec() }
+    Request::Start { instance, revision, descriptor: b"opaque".to_vec() }
 }
 
 /// A command of root without a terminal.
@@ -481,7 +481,9 @@ pub fn spec(argv: &[&str]) -> RevisionSpec {
         uid: 0,
         gid: 0,
         groups: Vec::new(),
-        read_only_root: false,
+        limits: Limits { memory: ByteSize::bytes(MEMORY), ..Limits::default() },
+        isolation: Isolation::default(),
+        volumes: Vec::new(),
         streams: Streams::Log,
         files: Vec::new(),
         listeners: Vec::new(),
