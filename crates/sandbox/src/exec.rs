@@ -70,7 +70,10 @@ pub(crate) struct Parts {
 /// The whole life of a helper. The pid of the process that it makes is left in `pid`.
 pub(crate) fn help(prepared: &Prepared, command: &Command, parts: Parts, pid: &AtomicI32) -> ! {
     let Parts { daemon, streams, namespaces, doors } = parts;
-    let entered = enter(namespaces, doors).and_then(|()| arrange(daemon.as_fd(), streams));
+    let entered = enter(&namespaces, doors).and_then(|()| {
+        drop(namespaces);
+        arrange(daemon.as_fd(), streams)
+    });
     if let Err(failed) = entered {
         give_up(daemon.as_fd(), &failed);
     }
@@ -101,7 +104,7 @@ fn give_up(daemon: BorrowedFd<'_>, failed: &Failed) -> ! {
 }
 
 /// Into the instance, but for its pid namespace, which the next child is born in.
-fn enter(namespaces: [OwnedFd; NAMESPACES.len()], doors: init::Doors) -> Result<(), Failed> {
+fn enter(namespaces: &[OwnedFd; NAMESPACES.len()], doors: init::Doors) -> Result<(), Failed> {
     init::not_dumpable()?;
     for door in doors {
         cgroup::attach_current([door.as_fd()]).map_err(init::during(InitStep::Cgroup))?;

@@ -190,8 +190,7 @@ fn of_request(request: &Request) -> &'static [usize] {
     match request {
         Request::Start { .. } => &[1, 3],
         Request::Exec { spec, .. } if spec.terminal.is_none() => &[4],
-        Request::Exec { .. } => &[1],
-        Request::MoreSockets { .. } | Request::CommitLayer { .. } => &[1],
+        Request::Exec { .. } | Request::MoreSockets { .. } | Request::CommitLayer { .. } => &[1],
         _ => &[0],
     }
 }
