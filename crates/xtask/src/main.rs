@@ -40,12 +40,12 @@ const AFTER_HELP: &str = "Examples:
 enum Task {
     /// Show funtainer at work: a registry, a server, an image made here, calls cold and warm, and nothing left afterwards.
     ///
-    /// Installs docker-registry and skopeo with apt where they are missing, and starts no service. Needs root and Linux 6.14 or later.
+    /// Installs docker-registry and skopeo with apt where they are missing, and starts no service. Needs root and Linux 6.1 or later.
     /// Under five minutes with the first build, seconds without.
     Demo,
     /// Run everything that a change must pass: format, lints, tidy, documentation, tests.
     ///
-    /// Installs what the tests need with apt, and starts no service. The tests start real containers and need root and Linux 6.14 or later.
+    /// Installs what the tests need with apt, and starts no service. The tests start real containers and need root and Linux 6.1 or later.
     Test(gate::Options),
     /// Measure cold and warm calls against `runc run` and nginx, and memory, in one interleaved run.
     Bench {
