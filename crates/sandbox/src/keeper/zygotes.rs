@@ -9,7 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use funtainer_model::{InstanceId, RevisionId};
+use funtainer_model::{InstanceId, Limits, RevisionId};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -53,6 +53,7 @@ pub(super) struct Zygote {
     /// First host id of its range.
     pub(super) base: u32,
     pub(super) streams: Streams,
+    pub(super) limits: Limits,
     pub(super) layers: Lent,
     pid: i32,
     pidfd: OwnedFd,
@@ -231,6 +232,7 @@ impl Keeper {
                     function,
                     base,
                     streams: spec.streams,
+                    limits: spec.limits,
                     layers,
                     pid,
                     pidfd,
@@ -288,7 +290,7 @@ impl Keeper {
         let path = format!("/proc/{}/ns/user", forked.pid);
         let ids = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| refusal(StepError { step: "open a user namespace", errno }))?;
-        let layers = self.layers.lend(self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
+        let layers = self.layers.lend(&self.mounts, self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
         let failed = |errno| refusal(StepError { step: "watch a zygote", errno });
         let token = TOKEN_ZYGOTES + 2 * key;
         epoll::add(&self.epoll, &forked.pidfd, EventData::new_u64(token + 1), EventFlags::IN).map_err(failed)?;
