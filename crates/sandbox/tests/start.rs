@@ -369,34 +369,6 @@ fn a_hundred_starts_leave_nothing() {
     assert_eq!(server.stop(client), Some(0));
 }
 
-/// The only child of the keeper that is called a zygote.
-fn zygote_of(server: &Server) -> i32 {
-    children(server.pid()).into_iter().find(|pid| title(*pid).starts_with("funtainer zygote")).unwrap()
-}
-
-fn children(pid: i32) -> Vec<i32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
-}
-
-fn title(pid: i32) -> String {
-    fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default()
-}
-
-/// What could leak, as numbers: descriptors of keeper and zygote, its children, mounts it sees, control groups of the keeper.
-fn traces(server: &Server, zygote: i32) -> Vec<usize> {
-    let count = |path: String| fs::read_dir(path).unwrap().count();
-    let id = fs::read_to_string(server.data.join("id")).unwrap();
-    let mut traces = vec![
-        count(format!("/proc/{}/fd", server.pid())),
-        count(format!("/proc/{zygote}/fd")),
-        children(zygote).len(),
-        fs::read_to_string(format!("/proc/{zygote}/mountinfo")).unwrap().lines().count(),
-    ];
-    traces.extend(harness::cgroups(&id).iter().map(|path| harness::directories(path)));
-    traces
-}
-
 #[test]
 fn all_of_this_works_in_the_ways_of_the_oldest_kernels() {
     harness::again_in_the_oldest_ways("all_of_this_works_in_the_ways_of_the_oldest_kernels", &[]);
