@@ -552,23 +552,6 @@ pub fn directories(path: &Path) -> usize {
     fs::read_dir(path).unwrap().filter(|entry| entry.as_ref().unwrap().file_type().unwrap().is_dir()).count()
 }
 
-/// Makes `keeper_host` mount in the ways of the oldest kernels.
-const OLDEST: &str = "KEEPER_HOST_OLDEST";
-
-/// Runs the tests of this program again, those whose names contain one of `names` (none: all), with a keeper that mounts in the ways of the
-/// oldest kernels. `caller` is the test that calls this. Nothing where the kernel has no other ways.
-pub fn again_in_the_oldest_ways(caller: &str, names: &[&str]) {
-    let store = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    let store = fs::File::open(store.path()).unwrap();
-    if Mounts::probe(store.as_fd(), Features::NEWEST).unwrap().features() == Features::OLDEST {
-        return;
-    }
-    let again =
-        Command::new(std::env::current_exe().unwrap()).args(["--skip", caller]).args(names).env(OLDEST, "1").output().unwrap();
-    let text = String::from_utf8_lossy(&again.stdout);
-    assert!(again.status.success() && !text.contains("running 0 tests"), "{text}{}", String::from_utf8_lossy(&again.stderr));
-}
-
 /// The only child of the keeper that is called a zygote.
 pub fn zygote_of(server: &Server) -> i32 {
     children(server.pid()).into_iter().find(|pid| title(*pid).starts_with("funtainer zygote")).unwrap()
@@ -595,4 +578,21 @@ pub fn traces(server: &Server, zygote: i32) -> Vec<usize> {
     ];
     traces.extend(cgroups(&id).iter().map(|path| directories(path)));
     traces
+}
+
+/// Makes `keeper_host` mount in the ways of the oldest kernels.
+const OLDEST: &str = "KEEPER_HOST_OLDEST";
+
+/// Runs the tests of this program again, those whose names contain one of `names` (none: all), with a keeper that mounts in the ways of the
+/// oldest kernels. `caller` is the test that calls this. Nothing where the kernel has no other ways.
+pub fn again_in_the_oldest_ways(caller: &str, names: &[&str]) {
+    let store = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let store = fs::File::open(store.path()).unwrap();
+    if Mounts::probe(store.as_fd(), Features::NEWEST).unwrap().features() == Features::OLDEST {
+        return;
+    }
+    let again =
+        Command::new(std::env::current_exe().unwrap()).args(["--skip", caller]).args(names).env(OLDEST, "1").output().unwrap();
+    let text = String::from_utf8_lossy(&again.stdout);
+    assert!(again.status.success() && !text.contains("running 0 tests"), "{text}{}", String::from_utf8_lossy(&again.stderr));
 }
