@@ -22,7 +22,7 @@
 mod inside;
 mod layers;
 mod loops;
-mod probe;
+pub(crate) mod probe;
 mod workshop;
 
 pub use inside::{
