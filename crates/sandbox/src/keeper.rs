@@ -265,7 +265,12 @@ impl Keeper {
         unsafe { title.set(b"funtainer serve") };
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(at("make an epoll"))?;
         epoll::add(&epoll, &signals, EventData::new_u64(TOKEN_SIGNALS), EventFlags::IN).map_err(at("watch signals"))?;
-        let cgroups = Hierarchy::open(&Layout::detect()?, &format!("funtainer-{}", data.id))?;
+        let name = format!("funtainer-{}", data.id);
+        let settled = Layout::detect()?.settle(&name);
+        for note in &settled.notes {
+            (settings.log)(note);
+        }
+        let cgroups = Hierarchy::open(&settled.layout, &name)?;
         for missing in cgroups.missing() {
             (settings.log)(&format!("control groups here have no {missing}: instances run without it"));
         }

@@ -3,7 +3,8 @@
 //! ```text
 //! kind u8 │ zero u8 × 3 │ value i32 │ instance 16 bytes │ text (of SetUpFailed and SpawnFailed only, at most 96 bytes)
 //! ```
-//! Descriptors of `Spawn`: root file system, init pair, stdin where it is given, stdout, stderr, then the doors of the cgroups. `MoreSockets`: the pair.
+//! Descriptors of `Spawn`: root file system, init pair, stdin where it is given, stdout, stderr, then the directory of the cgroup to be born in
+//! (value 1) or the doors of the cgroups to enter (value 0). `MoreSockets`: the pair.
 //! `Spawned`: the init's pidfd. The others carry none. Both sides are one process image, yet the keeper checks what it reads: a zygote
 //! shares a kernel with what it started.
 
@@ -22,7 +23,12 @@ pub(crate) enum Order {
     /// The id maps are written: set up.
     SetUp,
     /// Start an instance.
-    Spawn(InstanceId),
+    Spawn {
+        /// Which.
+        instance: InstanceId,
+        /// Whether it is born in its cgroup; else it enters it.
+        born: bool,
+    },
     /// Make sockets in an instance's network.
     MoreSockets(InstanceId),
 }
@@ -90,18 +96,18 @@ impl Order {
     pub(crate) fn encode(self) -> Datagram {
         match self {
             Self::SetUp => Datagram::new(1, 0, None, ""),
-            Self::Spawn(instance) => Datagram::new(2, 0, Some(instance), ""),
+            Self::Spawn { instance, born } => Datagram::new(2, born.into(), Some(instance), ""),
             Self::MoreSockets(instance) => Datagram::new(3, 0, Some(instance), ""),
         }
     }
 
     /// `None` for what is no order.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
-        let Fields { kind, value: 0, instance, text: "" } = Fields::parse(bytes)? else { return None };
-        match kind {
-            1 => Some(Self::SetUp),
-            2 => Some(Self::Spawn(instance)),
-            3 => Some(Self::MoreSockets(instance)),
+        let Fields { kind, value, instance, text: "" } = Fields::parse(bytes)? else { return None };
+        match (kind, value) {
+            (1, 0) => Some(Self::SetUp),
+            (2, 0 | 1) => Some(Self::Spawn { instance, born: value == 1 }),
+            (3, 0) => Some(Self::MoreSockets(instance)),
             _ => None,
         }
     }
@@ -169,8 +175,8 @@ mod tests {
         }
 
         #[test]
-        fn orders_round_trip(instance in instance()) {
-            for order in [Order::SetUp, Order::Spawn(instance), Order::MoreSockets(instance)] {
+        fn orders_round_trip(instance in instance(), born in any::<bool>()) {
+            for order in [Order::SetUp, Order::Spawn { instance, born }, Order::MoreSockets(instance)] {
                 prop_assert_eq!(Order::decode(order.encode().as_bytes()), Some(order));
             }
         }

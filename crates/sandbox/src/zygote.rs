@@ -22,7 +22,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
-use crate::clone::{Cloned, clone3};
+use crate::clone::{Cloned, clone3_into};
 use crate::fds::{self, Fds};
 use crate::init::{self, NO_STATUS, Prepared, Start};
 use crate::mount::{self, Tmpfs};
@@ -53,6 +53,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) name: &'a str,
     /// The zygote's end of its pair.
     pub(crate) socket: BorrowedFd<'a>,
+    /// The control group that it is born in, where it has one.
+    pub(crate) group: Option<BorrowedFd<'a>>,
 }
 
 /// A zygote as its parent sees it.
@@ -68,7 +70,7 @@ pub(crate) struct Forked {
 /// No other thread may run in this process.
 pub(crate) unsafe fn fork(plan: &Plan<'_>) -> Result<Forked, Errno> {
     // SAFETY: the caller promises one thread; the child ends in `live`, which does not return.
-    match unsafe { clone3(NAMESPACES) }? {
+    match unsafe { clone3_into(NAMESPACES, plan.group) }? {
         Cloned::Parent { pid, pidfd } => Ok(Forked { pid, pidfd }),
         Cloned::Child => {
             // A panic must not unwind into the keeper's frames.
@@ -228,14 +230,14 @@ impl<'a> Zygote<'a> {
             Ok(None) | Err(_) => return Err(Errno::PIPE),
         };
         match Order::decode(&buffer[..received.bytes]) {
-            Some(Order::Spawn(instance)) => self.spawn(instance, received.fds),
+            Some(Order::Spawn { instance, born }) => self.spawn(instance, born, received.fds),
             Some(Order::MoreSockets(instance)) => self.more_sockets(instance, received.fds),
             Some(Order::SetUp) | None => Err(Errno::PROTO),
         }
     }
 
-    fn spawn(&mut self, id: InstanceId, descriptors: Fds) -> Result<(), Errno> {
-        match self.try_spawn(id, descriptors) {
+    fn spawn(&mut self, id: InstanceId, born: bool, descriptors: Fds) -> Result<(), Errno> {
+        match self.try_spawn(id, born, descriptors) {
             Ok(pidfd) => {
                 report(self.socket, &Report::Spawned(id), &[pidfd.as_fd()])?;
                 // The next start has its network ready. A failure is met again, and told, when one comes.
@@ -250,7 +252,7 @@ impl<'a> Zygote<'a> {
         }
     }
 
-    fn try_spawn(&mut self, id: InstanceId, mut descriptors: Fds) -> Result<OwnedFd, StepError> {
+    fn try_spawn(&mut self, id: InstanceId, born: bool, mut descriptors: Fds) -> Result<OwnedFd, StepError> {
         let missing = || StepError { step: "take the descriptors of a start", errno: Errno::BADF };
         let mut taken = 0..;
         let mut next = || taken.next().and_then(|index| descriptors.take(index)).ok_or_else(missing);
@@ -260,6 +262,7 @@ impl<'a> Zygote<'a> {
             Streams::Call => Some(next()?),
         };
         let (stdout, stderr) = (next()?, next()?);
+        let group = if born { Some(next()?) } else { None };
         let network = match self.spare.take() {
             Some(network) => network,
             None => new_network()?,
@@ -271,7 +274,7 @@ impl<'a> Zygote<'a> {
         let status = self.statuses.at(place);
         let prepared = network.prepared;
         // SAFETY: this process has one thread, and the child ends in `init::run`, which does not return.
-        match unsafe { clone3(INIT_NAMESPACES) } {
+        match unsafe { clone3_into(INIT_NAMESPACES, group.as_ref().map(AsFd::as_fd)) } {
             Ok(Cloned::Child) => {
                 let start = Start { root, daemon, stdin, stdout, stderr, doors: descriptors, status, network: prepared };
                 // A panic must not unwind into the zygote's frames.

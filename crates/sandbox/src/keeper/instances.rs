@@ -16,7 +16,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::layers::refusal;
 use super::{Keeper, Requester};
-use crate::cgroup::{CgroupError, GroupLimits, InstanceCgroup, Removal};
+use crate::cgroup::{CPU_WEIGHT_DEFAULT, CgroupError, GroupLimits, InstanceCgroup, Nest, Removal};
 use crate::fds::{self, Fds};
 use crate::mount::{self, Writable};
 use crate::orders::Order;
@@ -60,9 +60,25 @@ pub(super) struct Instance {
 #[derive(Default)]
 pub(super) struct Instances {
     by_id: HashMap<InstanceId, Instance>,
-    /// Control groups whose last process the kernel has not let go of.
-    removals: Vec<InstanceCgroup>,
+    removals: Vec<Leftover>,
     retry: Option<Instant>,
+}
+
+/// Control groups whose last process the kernel may not have let go of. Those of instances come before the one that they lie in.
+pub(super) enum Leftover {
+    Instance(InstanceCgroup),
+    Zygote(Nest),
+}
+
+impl Leftover {
+    /// Whether it is gone. What the kernel refuses for another reason than a process is tried again too: there is no other cure.
+    fn remove(&mut self) -> bool {
+        let removed = match self {
+            Self::Instance(cgroup) => cgroup.remove(),
+            Self::Zygote(nest) => nest.remove(),
+        };
+        matches!(removed, Ok(Removal::Done))
+    }
 }
 
 impl Instances {
@@ -74,17 +90,17 @@ impl Instances {
         if self.retry.is_none_or(|at| at > now) {
             return;
         }
-        self.removals.retain_mut(|cgroup| !matches!(cgroup.remove(), Ok(Removal::Done)));
+        self.removals.retain_mut(|left| !left.remove());
         self.retry = (!self.removals.is_empty()).then(|| now + REMOVAL_RETRY);
     }
 
     /// The last act: every process is dead, whatever is left goes now.
     pub(super) fn remove_all(&mut self) {
-        let left = self.by_id.drain().filter_map(|(_, instance)| instance.cgroup).chain(self.removals.drain(..));
-        let mut left: Vec<_> = left.collect();
+        let instances = self.by_id.drain().filter_map(|(_, instance)| instance.cgroup).map(Leftover::Instance);
+        let mut left: Vec<_> = instances.chain(self.removals.drain(..)).collect();
         let deadline = Instant::now() + REMOVAL_WAIT;
         loop {
-            left.retain_mut(|cgroup| !matches!(cgroup.remove(), Ok(Removal::Done)));
+            left.retain_mut(|left| !left.remove());
             if left.is_empty() || Instant::now() >= deadline {
                 // What stays is swept by the next start; the hierarchy's own removal will say so.
                 return;
@@ -94,9 +110,9 @@ impl Instances {
         }
     }
 
-    fn release(&mut self, mut cgroup: InstanceCgroup) {
-        if !matches!(cgroup.remove(), Ok(Removal::Done)) {
-            self.removals.push(cgroup);
+    pub(super) fn release(&mut self, mut left: Leftover) {
+        if !left.remove() {
+            self.removals.push(left);
             self.retry.get_or_insert_with(|| Instant::now() + REMOVAL_RETRY);
         }
     }
@@ -192,8 +208,8 @@ impl Keeper {
         }
         let streams = zygote.streams;
         let StartDescriptors { daemon, call } = StartDescriptors::take(descriptors, streams)?;
-        let limits = GroupLimits { memory_bytes, pids_max: PIDS_MAX };
-        let cgroup = self.cgroups.create(&id.to_string(), limits).map_err(|error| cgroup_refusal(&error))?;
+        let limits = GroupLimits { memory_bytes, pids_max: PIDS_MAX, cpu_weight: CPU_WEIGHT_DEFAULT, cpu_milli: None };
+        let cgroup = zygote.nest.create(&id.to_string(), limits).map_err(|error| cgroup_refusal(&error))?;
         let made = (|| {
             let writable = Writable::make(memory_bytes, zygote.base).map_err(refusal)?;
             let root = mount::overlay(&zygote.layers.borrow(), &writable).map_err(refusal)?;
@@ -204,7 +220,7 @@ impl Keeper {
         let (writable, root, stderr, stdout) = match made {
             Ok(made) => made,
             Err(refused) => {
-                self.instances.release(cgroup);
+                self.instances.release(Leftover::Instance(cgroup));
                 return Err(refused);
             }
         };
@@ -218,8 +234,12 @@ impl Keeper {
             (None, None) => {}
         }
         sent.push(stderr.write.as_fd());
-        sent.extend(cgroup.doors());
-        let ordered = zygote.order(&self.epoll, Order::Spawn(id), &sent);
+        let born = cgroup.birthplace();
+        match born {
+            Some(group) => sent.push(group),
+            None => sent.extend(cgroup.doors()),
+        }
+        let ordered = zygote.order(&self.epoll, Order::Spawn { instance: id, born: born.is_some() }, &sent);
         zygote.live += 1;
         let logs = [Some(stderr), stdout].into_iter().flatten().map(|pipe| pipe.read).collect();
         let state = State::Starting(requester);
@@ -302,14 +322,14 @@ impl Keeper {
         instance.state = State::Ended { pid, exit };
         instance.logs.clear();
         if let Some(cgroup) = instance.cgroup.take() {
-            self.instances.release(cgroup);
+            self.instances.release(Leftover::Instance(cgroup));
         }
         self.event(&Reply::Exited { instance: id, exit });
     }
 
     fn forget(&mut self, id: InstanceId) {
         if let Some(cgroup) = self.instances.by_id.remove(&id).and_then(|instance| instance.cgroup) {
-            self.instances.release(cgroup);
+            self.instances.release(Leftover::Instance(cgroup));
         }
     }
 
@@ -383,7 +403,7 @@ fn pid_of(pidfd: &OwnedFd) -> Option<u32> {
     }
 }
 
-fn cgroup_refusal(error: &CgroupError) -> Refusal {
+pub(super) fn cgroup_refusal(error: &CgroupError) -> Refusal {
     let errno = match error {
         CgroupError::Step { source, .. } => source.errno.raw_os_error(),
         _ => libc::EIO,
