@@ -234,7 +234,6 @@ impl Steps<'_> {
         let request = Request::Start {
             instance: self.instance,
             revision: self.plan.revision,
-            memory_bytes: self.plan.limits.memory.as_bytes(),
             descriptor: Descriptor::new(self.plan, learned).to_bytes(),
         };
         let mut again = true;
@@ -284,8 +283,8 @@ impl Steps<'_> {
                     let program = self.plan.plan.argv.first().cloned().unwrap_or_default();
                     return Err(StartError::Init { program, step, error: io::Error::from_raw_os_error(errno) });
                 }
-                // No plan has listeners of the platform yet.
-                Some((InitMessage::Listeners, _)) | None => return Err(StartError::Protocol),
+                // No plan has listeners of the platform or terminals yet.
+                Some((InitMessage::Listeners | InitMessage::Terminal, _)) | None => return Err(StartError::Protocol),
             }
         }
     }
@@ -347,7 +346,8 @@ fn init_failure(program: &str, step: InitStep, error: &io::Error) -> Failure {
 
 fn exit_failure(report: &ExitReport) -> Failure {
     if report.out_of_memory {
-        return Failure::new(ErrorCode::OutOfMemory, "the function was killed for its memory before it was ready");
+        let detail = format!("the function was killed for its memory before it was ready{}", report.usage());
+        return Failure::new(ErrorCode::OutOfMemory, detail);
     }
     let how = match report.exit {
         Exit::Code(code) => format!("the function ended with exit code {code} before it was ready"),
@@ -360,7 +360,8 @@ fn exit_failure(report: &ExitReport) -> Failure {
         "" => how,
         tail => format!("{how}: {tail}"),
     };
-    Failure::new(ErrorCode::InstanceExited, detail)
+    let failure = Failure::new(ErrorCode::InstanceExited, detail);
+    if report.writable_full { failure.with_hint(ExitReport::WRITABLE_FULL_HINT) } else { failure }
 }
 
 fn timeout_failure(after: Duration, told: u16, seen: &[u16]) -> Failure {

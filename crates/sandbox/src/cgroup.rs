@@ -320,6 +320,15 @@ impl Nest {
     }
 }
 
+/// A way into the groups of an instance.
+#[derive(Debug)]
+pub struct Entrance<'a> {
+    /// Whether a process is born there; else it enters by itself.
+    pub born: bool,
+    /// One directory to be born in, or a door for each group.
+    pub descriptors: Vec<BorrowedFd<'a>>,
+}
+
 /// The group of one instance in each controller.
 #[derive(Debug)]
 pub struct InstanceCgroup {
@@ -349,6 +358,14 @@ impl InstanceCgroup {
     /// not.
     pub fn birthplace(&self) -> Option<BorrowedFd<'_>> {
         self.groups.first().filter(|_| self.births).map(|group| group.directory.as_fd())
+    }
+
+    /// How a process that a zygote makes comes in.
+    pub fn entrance(&self) -> Entrance<'_> {
+        match self.birthplace() {
+            Some(group) => Entrance { born: true, descriptors: vec![group] },
+            None => Entrance { born: false, descriptors: self.doors().collect() },
+        }
     }
 
     /// Reads what was used so far. A file that is not there leaves its value out.

@@ -34,7 +34,8 @@ pub(super) async fn run(host: &Host, run: Run) -> anyhow::Result<ExitCode> {
         image: run.image,
         args: (!run.args.is_empty()).then_some(run.args),
         env: super::variables(&run.env),
-        memory: run.memory.map(|memory| memory.to_string()),
+        memory: run.container.memory.map(|memory| memory.to_string()),
+        container: super::container(run.container),
     };
     let mut request = client::request(Method::POST, "/run", Some(&request))?;
     request.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
@@ -82,7 +83,9 @@ async fn receive(mut frames: FrameReader<impl tokio::io::AsyncRead + Unpin>, mut
                 streams::bytes(&mut stderr, &bytes).await?;
             }
             // What the command itself says is not to drown in what is no news.
-            Some(Frame::Progress(step)) if matches!(step, Progress::Layer { .. }) => show.step(&step),
+            Some(Frame::Progress(step)) if matches!(step, Progress::Layer { .. } | Progress::Warning { .. }) => {
+                show.step(&step)
+            }
             Some(Frame::Progress(_)) => {}
             Some(Frame::End(end)) => return Ok(end),
             Some(Frame::Stdin(_) | Frame::StdinEnd) => anyhow::bail!("the server sent input instead of output"),

@@ -7,19 +7,18 @@
 //! The end of an instance is told when nothing of it is left: its control groups are removed before.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use funtainer_model::{InstanceId, RevisionId};
+use funtainer_model::{Cpus, InstanceId, RevisionId};
 use rustix::fs::{FileType, Mode};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::layers::refusal;
 use super::{Keeper, Requester};
-use crate::cgroup::{CPU_WEIGHT_DEFAULT, CgroupError, GroupLimits, InstanceCgroup, Nest, Removal};
+use crate::cgroup::{CgroupError, Entrance, GroupLimits, InstanceCgroup, Nest, Removal};
 use crate::fds::{self, Fds};
-use crate::mount::{self, Writable};
-use crate::orders::Order;
+use crate::orders::{End, Order};
 use crate::protocol::{ExitRecord, Refusal, Reply, Streams};
 use crate::signals;
 use crate::step::{StepError, errno_of};
@@ -27,10 +26,6 @@ use crate::zygote;
 
 /// Most instances, ended ones that are not acknowledged included. Each running one costs the keeper up to a dozen descriptors.
 const INSTANCES_MAX: usize = 1024;
-/// Smallest memory limit: below it not even the init fits.
-const MEMORY_BYTES_MIN: u64 = 1 << 20;
-/// Most processes and threads of an instance: far above what servers use, far below what a fork bomb needs to be felt.
-const PIDS_MAX: u32 = 4096;
 /// A busy control group is tried again after this.
 const REMOVAL_RETRY: Duration = Duration::from_millis(20);
 /// How long they are tried when the keeper ends.
@@ -54,6 +49,16 @@ pub(super) struct Instance {
     logs: Vec<OwnedFd>,
     cgroup: Option<InstanceCgroup>,
     state: State,
+}
+
+/// What a command needs to know of the instance that it is to enter.
+pub(super) struct Running<'a> {
+    /// Key of its zygote.
+    pub(super) zygote: u64,
+    /// Of its init.
+    pub(super) pid: u32,
+    pub(super) pidfd: BorrowedFd<'a>,
+    pub(super) entrance: Entrance<'a>,
 }
 
 /// All instances.
@@ -92,6 +97,14 @@ impl Instances {
         }
         self.removals.retain_mut(|left| !left.remove());
         self.retry = (!self.removals.is_empty()).then(|| now + REMOVAL_RETRY);
+    }
+
+    /// An instance whose init lives as far as is known.
+    pub(super) fn running(&self, id: InstanceId) -> Option<Running<'_>> {
+        let instance = self.by_id.get(&id)?;
+        let State::Running { pid, pidfd } = &instance.state else { return None };
+        let entrance = instance.cgroup.as_ref()?.entrance();
+        Some(Running { zygote: instance.zygote, pid: *pid, pidfd: pidfd.as_fd(), entrance })
     }
 
     /// The last act: every process is dead, whatever is left goes now.
@@ -133,6 +146,15 @@ impl Pipe {
     }
 }
 
+/// How many of the streams are logs: standard error, then standard output.
+const fn logs_of(streams: Streams) -> usize {
+    match streams {
+        Streams::Log => 2,
+        Streams::Call => 1,
+        Streams::Terminal(_) => 0,
+    }
+}
+
 /// What a start comes with.
 struct StartDescriptors {
     daemon: OwnedFd,
@@ -145,26 +167,32 @@ impl StartDescriptors {
     fn take(mut descriptors: Fds, streams: Streams) -> Result<Self, Refusal> {
         let wrong = |text: &str| Refusal::Malformed(text.to_owned());
         let expected = match streams {
-            Streams::Log => 1,
+            Streams::Log | Streams::Terminal(_) => 1,
             Streams::Call => 3,
         };
         if descriptors.len() != expected {
             return Err(wrong("the start's descriptors do not fit the revision's streams"));
         }
-        let mut take = |index, allowed: &[FileType]| {
-            let fd = descriptors.take(index).ok_or_else(|| wrong("a descriptor is missing"))?;
-            let found = rustix::fs::fstat(&fd).map_err(|errno| refusal(StepError { step: "look at a descriptor", errno }))?;
-            // A directory of the host, for one, would be a way out for the image.
-            if allowed.contains(&FileType::from_raw_mode(found.st_mode)) {
-                Ok(fd)
-            } else {
-                Err(wrong("a descriptor is neither pipe nor socket"))
-            }
-        };
-        let daemon = take(0, &[FileType::Socket])?;
-        let streams = [FileType::Fifo, FileType::Socket];
-        let call = if expected == 3 { Some((take(1, &streams)?, take(2, &streams)?)) } else { None };
+        let daemon = take_descriptor(&mut descriptors, 0, &[FileType::Socket])?;
+        let mut take = |index| take_descriptor(&mut descriptors, index, &STREAM_KINDS);
+        let call = if expected == 3 { Some((take(1)?, take(2)?)) } else { None };
         Ok(Self { daemon, call })
+    }
+}
+
+/// What a stream for the image's programs may be.
+pub(super) const STREAM_KINDS: [FileType; 2] = [FileType::Fifo, FileType::Socket];
+
+/// Takes a descriptor that is to be given to an instance.
+pub(super) fn take_descriptor(descriptors: &mut Fds, index: usize, allowed: &[FileType]) -> Result<OwnedFd, Refusal> {
+    let wrong = |text: &str| Refusal::Malformed(text.to_owned());
+    let fd = descriptors.take(index).ok_or_else(|| wrong("a descriptor is missing"))?;
+    let found = rustix::fs::fstat(&fd).map_err(|errno| refusal(StepError { step: "look at a descriptor", errno }))?;
+    // A directory of the host, for one, would be a way out for the image.
+    if allowed.contains(&FileType::from_raw_mode(found.st_mode)) {
+        Ok(fd)
+    } else {
+        Err(wrong("a descriptor is neither pipe nor socket"))
     }
 }
 
@@ -175,11 +203,10 @@ impl Keeper {
         requester: Requester,
         id: InstanceId,
         revision: RevisionId,
-        memory_bytes: u64,
         descriptor: Vec<u8>,
         descriptors: Fds,
     ) {
-        if let Err(refused) = self.try_start(requester, id, revision, memory_bytes, descriptor, descriptors) {
+        if let Err(refused) = self.try_start(requester, id, revision, descriptor, descriptors) {
             self.reply(requester, &Reply::Refused(refused), &[]);
         }
     }
@@ -189,15 +216,11 @@ impl Keeper {
         requester: Requester,
         id: InstanceId,
         revision: RevisionId,
-        memory_bytes: u64,
         descriptor: Vec<u8>,
         descriptors: Fds,
     ) -> Result<(), Refusal> {
         if self.instances.by_id.contains_key(&id) {
             return Err(Refusal::Malformed("the instance exists".to_owned()));
-        }
-        if memory_bytes < MEMORY_BYTES_MIN {
-            return Err(Refusal::Malformed(format!("the memory limit is below {MEMORY_BYTES_MIN} bytes")));
         }
         if self.instances.by_id.len() >= INSTANCES_MAX {
             return Err(Refusal::Exhausted("instances".to_owned()));
@@ -208,16 +231,24 @@ impl Keeper {
         }
         let streams = zygote.streams;
         let StartDescriptors { daemon, call } = StartDescriptors::take(descriptors, streams)?;
-        let limits = GroupLimits { memory_bytes, pids_max: PIDS_MAX, cpu_weight: CPU_WEIGHT_DEFAULT, cpu_milli: None };
-        let cgroup = zygote.nest.create(&id.to_string(), limits).map_err(|error| cgroup_refusal(&error))?;
+        let limits = zygote.limits;
+        let group = GroupLimits {
+            memory_bytes: limits.memory.as_bytes(),
+            pids_max: limits.pids,
+            cpu_weight: limits.cpu_weight.into(),
+            cpu_milli: limits.cpus.map(Cpus::milli),
+        };
+        let cgroup = zygote.nest.create(&id.to_string(), group).map_err(|error| cgroup_refusal(&error))?;
         let made = (|| {
-            let writable = Writable::make(memory_bytes, zygote.base).map_err(refusal)?;
-            let root = mount::overlay(&zygote.layers.borrow(), &writable).map_err(refusal)?;
-            let stderr = Pipe::log()?;
-            let stdout = if call.is_none() { Some(Pipe::log()?) } else { None };
-            Ok((writable, root, stderr, stdout))
+            let writable = self.mounts.writable(limits.writable_bytes(), zygote.base).map_err(refusal)?;
+            let root = self.mounts.overlay(zygote.layers.mapped(), &writable).map_err(refusal)?;
+            let mut logs = Vec::with_capacity(2);
+            for _ in 0..logs_of(streams) {
+                logs.push(Pipe::log()?);
+            }
+            Ok((writable, root, logs))
         })();
-        let (writable, root, stderr, stdout) = match made {
+        let (writable, root, logs) = match made {
             Ok(made) => made,
             Err(refused) => {
                 self.instances.release(Leftover::Instance(cgroup));
@@ -228,20 +259,16 @@ impl Keeper {
         self.spent.push(writable);
 
         let mut sent = vec![root.as_fd(), daemon.as_fd()];
-        match (&call, &stdout) {
-            (Some((stdin, stdout)), _) => sent.extend([stdin.as_fd(), stdout.as_fd()]),
-            (None, Some(stdout)) => sent.push(stdout.write.as_fd()),
-            (None, None) => {}
+        if let Some((stdin, stdout)) = &call {
+            sent.extend([stdin.as_fd(), stdout.as_fd()]);
         }
-        sent.push(stderr.write.as_fd());
-        let born = cgroup.birthplace();
-        match born {
-            Some(group) => sent.push(group),
-            None => sent.extend(cgroup.doors()),
-        }
-        let ordered = zygote.order(&self.epoll, Order::Spawn { instance: id, born: born.is_some() }, &sent);
+        // Standard output comes before standard error.
+        sent.extend(logs.iter().rev().map(|log| log.write.as_fd()));
+        let Entrance { born, descriptors } = cgroup.entrance();
+        sent.extend(descriptors);
+        let ordered = zygote.order(&self.epoll, Order::Spawn { instance: id, born }, &sent);
         zygote.live += 1;
-        let logs = [Some(stderr), stdout].into_iter().flatten().map(|pipe| pipe.read).collect();
+        let logs = logs.into_iter().map(|log| log.read).collect();
         let state = State::Starting(requester);
         let instance = Instance { revision, zygote: key, descriptor, logs, cgroup: Some(cgroup), state };
         self.instances.by_id.insert(id, instance);
@@ -281,13 +308,13 @@ impl Keeper {
     }
 
     /// A zygote says that it has reaped an init.
-    pub(super) fn instance_exited(&mut self, key: u64, id: InstanceId, status: i32) -> Option<()> {
+    pub(super) fn instance_exited(&mut self, key: u64, id: InstanceId, end: End) -> Option<()> {
         let instance = self.instances.by_id.get(&id).filter(|instance| instance.zygote == key)?;
         let State::Running { .. } = instance.state else { return None };
         if let Some(zygote) = self.zygotes.get_mut(key) {
             zygote.instance_gone();
         }
-        self.end_instance(id, Some(status));
+        self.end_instance(id, Some(end));
         Some(())
     }
 
@@ -309,15 +336,18 @@ impl Keeper {
     }
 
     /// Records the end of a running instance and tells it.
-    fn end_instance(&mut self, id: InstanceId, status: Option<i32>) {
+    fn end_instance(&mut self, id: InstanceId, end: Option<End>) {
         let Some(instance) = self.instances.by_id.get_mut(&id) else { return };
         let State::Running { pid, .. } = instance.state else { return };
         let usage = instance.cgroup.as_ref().map(InstanceCgroup::usage).unwrap_or_default();
+        // Where no group counts, what one process had at most, and what is left of them all, come nearest.
+        let seen = usage.memory_now_bytes.max(end.map(|end| end.memory_bytes));
         let exit = ExitRecord {
-            status,
+            status: end.map(|end| end.status),
             out_of_memory: usage.oom_kills > 0,
-            memory_peak: usage.memory_peak_bytes.unwrap_or(0),
-            cpu_us: usage.cpu_us.unwrap_or(0),
+            writable_full: end.is_some_and(|end| end.full),
+            memory_peak: usage.memory_peak_bytes.or(seen).unwrap_or(0),
+            cpu_us: usage.cpu_us.or(end.map(|end| end.cpu_us)).unwrap_or(0),
         };
         instance.state = State::Ended { pid, exit };
         instance.logs.clear();

@@ -35,8 +35,8 @@ impl Keeper {
                 self.open_revision(from, revision, function, &title, &spec);
             }
             Request::EndRevision { revision } => self.end_revision(from, revision),
-            Request::Start { instance, revision, memory_bytes, descriptor } => {
-                self.start(from, instance, revision, memory_bytes, descriptor, descriptors);
+            Request::Start { instance, revision, descriptor } => {
+                self.start(from, instance, revision, descriptor, descriptors);
             }
             Request::Signal { instance, signal } => self.signal(from, instance, signal.number().into()),
             Request::MoreSockets { instance } => match (self.zygote_of(instance), descriptors.take(0)) {
@@ -49,6 +49,8 @@ impl Keeper {
                 },
                 _ => self.refuse(from, Refusal::NoInstance),
             },
+            Request::Exec { exec, instance, spec } => self.exec(from, exec, instance, spec, descriptors),
+            Request::SignalExec { exec, signal } => self.signal_exec(from, exec, signal.number().into()),
             Request::List => self.list(from),
             Request::AcknowledgeExit { instance } => self.acknowledge(from, instance),
             Request::CommitLayer { layer } => {

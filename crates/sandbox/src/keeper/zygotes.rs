@@ -9,7 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use funtainer_model::{InstanceId, RevisionId};
+use funtainer_model::{InstanceId, Limits, RevisionId};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -55,6 +55,7 @@ pub(super) struct Zygote {
     /// First host id of its range.
     pub(super) base: u32,
     pub(super) streams: Streams,
+    pub(super) limits: Limits,
     pub(super) layers: Lent,
     /// Where its control groups and those of its instances are.
     pub(super) nest: Nest,
@@ -235,6 +236,7 @@ impl Keeper {
                     function,
                     base,
                     streams: spec.streams,
+                    limits: spec.limits,
                     layers,
                     nest,
                     pid,
@@ -307,7 +309,7 @@ impl Keeper {
         let path = format!("/proc/{}/ns/user", forked.pid);
         let ids = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| refusal(StepError { step: "open a user namespace", errno }))?;
-        let layers = self.layers.lend(self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
+        let layers = self.layers.lend(&self.mounts, self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
         let failed = |errno| refusal(StepError { step: "watch a zygote", errno });
         let token = TOKEN_ZYGOTES + 2 * key;
         epoll::add(&self.epoll, &forked.pidfd, EventData::new_u64(token + 1), EventFlags::IN).map_err(failed)?;
@@ -331,7 +333,7 @@ impl Keeper {
         }
     }
 
-    fn order(&mut self, key: u64, order: Order, descriptors: &[BorrowedFd<'_>]) {
+    pub(super) fn order(&mut self, key: u64, order: Order, descriptors: &[BorrowedFd<'_>]) {
         if let Some(zygote) = self.zygotes.by_key.get_mut(&key)
             && let Err(fault) = zygote.order(&self.epoll, order, descriptors)
         {
@@ -391,7 +393,7 @@ impl Keeper {
     fn on_report(&mut self, key: u64, report: Report, mut descriptors: fds::Fds) -> Option<()> {
         let zygote = self.zygotes.by_key.get_mut(&key)?;
         zygote.heard = Instant::now();
-        if !matches!(report, Report::Exited { .. }) {
+        if report.is_answer() {
             zygote.owed = zygote.owed.checked_sub(1)?;
         }
         match report {
@@ -414,7 +416,17 @@ impl Keeper {
             Report::SpawnFailed { instance, errno, step } => {
                 self.instance_not_spawned(key, instance, Refusal::System { step, errno })?;
             }
-            Report::Exited { instance, status } => self.instance_exited(key, instance, status)?,
+            Report::Exited { instance, end } => self.instance_exited(key, instance, end)?,
+            Report::ExecSpawned(exec) => self.exec_spawned(key, exec)?,
+            Report::ExecNotSpawned { exec, errno: libc::ESRCH, .. } => {
+                self.exec_not_spawned(key, exec, Refusal::NoInstance)?;
+            }
+            Report::ExecNotSpawned { exec, errno, step } => {
+                self.exec_not_spawned(key, exec, Refusal::System { step, errno })?;
+            }
+            Report::ExecSignalled { exec, errno } => self.exec_signalled(key, exec, errno)?,
+            Report::ExecEnded { exec, status } => self.exec_ended(key, exec, Some(status))?,
+            Report::ExecLost(exec) => self.exec_ended(key, exec, None)?,
             Report::Sockets { instance, errno } => {
                 let (asked, requester) = zygote.sockets.pop_front()?;
                 if asked != instance {
@@ -450,6 +462,7 @@ impl Keeper {
         for requester in setting_up.into_iter().chain(zygote.sockets.into_iter().map(|(_, requester)| requester)) {
             self.reply(requester, &Reply::Refused(Refusal::NoZygote), &[]);
         }
+        self.execs_lost(key);
         self.instances_lost(key);
         self.instances.release(Leftover::Zygote(zygote.nest));
         self.event(&Reply::RevisionEnded { revision: zygote.revision });

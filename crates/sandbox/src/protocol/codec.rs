@@ -6,13 +6,18 @@
 //!              ids as their 16 bytes, byte strings with their length (u32) before them, lists with their count (u32)
 //! ```
 
-use funtainer_model::{Digest, InstanceId, LayerId, RevisionId, StopSignal};
+use std::net::Ipv4Addr;
+
+use funtainer_model::{
+    ByteSize, Cpus, Digest, EgressRule, ExecId, InstanceId, Isolation, LayerId, Limits, Network, Protocol, RevisionId,
+    StopSignal, TmpfsMount,
+};
 
 use super::check::{Bound, check_bytes, check_text};
 use super::{
-    CodecError, DESCRIPTOR_BYTES_MAX, DESCRIPTORS_MAX, ExitRecord, FUNCTION_BYTES_MAX, FileSpec, GROUPS_MAX, InitMessage,
-    InitStep, LAYERS_MAX, LISTENERS_MAX, MAGIC, MESSAGE_BYTES_MAX, Refusal, Reply, Request, RevisionSpec, SocketCounts,
-    Streams, TEXT_BYTES_MAX, TITLE_BYTES_MAX, VERSION,
+    CodecError, DESCRIPTOR_BYTES_MAX, DESCRIPTORS_MAX, ExecSpec, ExitRecord, FUNCTION_BYTES_MAX, FileSpec, GROUPS_MAX,
+    InitMessage, InitStep, LAYERS_MAX, LISTENERS_MAX, MAGIC, MESSAGE_BYTES_MAX, PATH_BYTES_MAX, Refusal, Reply, Request,
+    RevisionSpec, SocketCounts, Streams, TEXT_BYTES_MAX, TITLE_BYTES_MAX, VERSION, WindowSize,
 };
 
 /// Longest list of arguments, variables or files: what fits the message with four bytes of length each.
@@ -29,6 +34,8 @@ mod kind {
     pub(super) const LIST: u16 = 8;
     pub(super) const ACKNOWLEDGE_EXIT: u16 = 9;
     pub(super) const COMMIT_LAYER: u16 = 10;
+    pub(super) const EXEC: u16 = 11;
+    pub(super) const SIGNAL_EXEC: u16 = 12;
 
     pub(super) const WELCOME: u16 = 0x101;
     pub(super) const DONE: u16 = 0x102;
@@ -38,6 +45,7 @@ mod kind {
     pub(super) const EXITED: u16 = 0x106;
     pub(super) const REVISION_ENDED: u16 = 0x107;
     pub(super) const STOP: u16 = 0x108;
+    pub(super) const EXEC_ENDED: u16 = 0x109;
 }
 
 /// The request's number of a datagram whose header is ours, whatever follows: what a refusal of the rest is addressed to.
@@ -77,10 +85,9 @@ impl Request {
                 out.spec(spec);
             }
             Self::EndRevision { revision } => out.id(kind::END_REVISION, number, revision.to_bytes()),
-            Self::Start { instance, revision, memory_bytes, descriptor } => {
+            Self::Start { instance, revision, descriptor } => {
                 out.id(kind::START, number, instance.to_bytes());
                 out.raw(&revision.to_bytes());
-                out.u64(*memory_bytes);
                 out.bytes(descriptor);
             }
             Self::Signal { instance, signal } => {
@@ -93,6 +100,15 @@ impl Request {
             Self::CommitLayer { layer } => {
                 out.header(kind::COMMIT_LAYER, number);
                 out.layer(layer);
+            }
+            Self::Exec { exec, instance, spec } => {
+                out.id(kind::EXEC, number, exec.to_bytes());
+                out.raw(&instance.to_bytes());
+                out.exec(spec);
+            }
+            Self::SignalExec { exec, signal } => {
+                out.id(kind::SIGNAL_EXEC, number, exec.to_bytes());
+                out.u8(signal.number());
             }
         }
         out.finish()
@@ -116,9 +132,8 @@ impl Request {
             kind::START => {
                 let instance = input.instance()?;
                 let revision = RevisionId::from_bytes(input.array()?);
-                let memory_bytes = input.u64()?;
                 let descriptor = input.bytes(DESCRIPTOR_BYTES_MAX, "descriptor")?;
-                (Self::Start { instance, revision, memory_bytes, descriptor }, 1..=3)
+                (Self::Start { instance, revision, descriptor }, 1..=3)
             }
             kind::SIGNAL => {
                 let instance = input.instance()?;
@@ -128,6 +143,17 @@ impl Request {
             kind::LIST => (Self::List, 0..=0),
             kind::ACKNOWLEDGE_EXIT => (Self::AcknowledgeExit { instance: input.instance()? }, 0..=0),
             kind::COMMIT_LAYER => (Self::CommitLayer { layer: input.layer()? }, 1..=1),
+            kind::EXEC => {
+                let exec = ExecId::from_bytes(input.array()?);
+                let instance = input.instance()?;
+                let spec = Box::new(input.exec()?);
+                let streams = if spec.terminal.is_some() { 1..=1 } else { 4..=4 };
+                (Self::Exec { exec, instance, spec }, streams)
+            }
+            kind::SIGNAL_EXEC => {
+                let exec = ExecId::from_bytes(input.array()?);
+                (Self::SignalExec { exec, signal: input.signal()? }, 0..=0)
+            }
             other => return Err(CodecError::Kind(other)),
         };
         input.end()?;
@@ -172,6 +198,10 @@ impl Reply {
                 out.id(kind::EXITED, number, instance.to_bytes());
                 out.exit(exit);
             }
+            Self::ExecEnded { exec, status } => {
+                out.id(kind::EXEC_ENDED, number, exec.to_bytes());
+                out.status(*status);
+            }
             Self::RevisionEnded { revision } => out.id(kind::REVISION_ENDED, number, revision.to_bytes()),
             Self::Stop { grace_ms } => {
                 out.header(kind::STOP, number);
@@ -189,17 +219,21 @@ impl Reply {
             kind::WELCOME => (Self::Welcome { data_id: input.text(TEXT_BYTES_MAX, "data id")? }, 0..=0),
             kind::DONE => (Self::Done, 0..=0),
             kind::REFUSED => (Self::Refused(input.refusal()?), 0..=0),
-            kind::STARTED => (Self::Started { pid: input.u32()? }, 1..=2),
+            kind::STARTED => (Self::Started { pid: input.u32()? }, 0..=2),
             kind::LISTED => {
                 let instance = input.instance()?;
                 let revision = RevisionId::from_bytes(input.array()?);
                 let pid = input.u32()?;
                 let descriptor = input.bytes(DESCRIPTOR_BYTES_MAX, "descriptor")?;
                 let exit = if input.flag()? { Some(input.exit()?) } else { None };
-                let allowed = if exit.is_some() { 0..=0 } else { 1..=2 };
+                let allowed = if exit.is_some() { 0..=0 } else { 0..=2 };
                 (Self::Listed { instance, revision, pid, descriptor, exit }, allowed)
             }
             kind::EXITED => (Self::Exited { instance: input.instance()?, exit: input.exit()? }, 0..=0),
+            kind::EXEC_ENDED => {
+                let exec = ExecId::from_bytes(input.array()?);
+                (Self::ExecEnded { exec, status: input.status()? }, 0..=0)
+            }
             kind::REVISION_ENDED => (Self::RevisionEnded { revision: RevisionId::from_bytes(input.array()?) }, 0..=0),
             kind::STOP => (Self::Stop { grace_ms: input.u32()? }, 0..=0),
             other => return Err(CodecError::Kind(other)),
@@ -227,6 +261,7 @@ impl InitMessage {
             Self::Listeners => (2, 0, 0, 0, 0),
             Self::Executed => (3, 0, 0, 0, 0),
             Self::ExecFailed { step, errno } => (4, step as u8, 0, 0, errno),
+            Self::Terminal => (5, 0, 0, 0, 0),
         };
         let mut bytes = [0; Self::BYTES];
         bytes[..2].copy_from_slice(&MAGIC.to_le_bytes());
@@ -252,11 +287,13 @@ impl InitMessage {
             2 => Self::Listeners,
             3 => Self::Executed,
             4 => Self::ExecFailed { step: InitStep::from_number(step).ok_or(CodecError::Value("step"))?, errno },
+            5 => Self::Terminal,
             other => return Err(CodecError::Kind(other.into())),
         };
         let fits = match message {
             Self::Sockets(_) => counts.total() == descriptors && descriptors <= DESCRIPTORS_MAX,
             Self::Listeners => (1..=LISTENERS_MAX).contains(&descriptors),
+            Self::Terminal => descriptors == 1,
             Self::Executed | Self::ExecFailed { .. } => descriptors == 0,
         };
         if !fits {
@@ -331,10 +368,15 @@ impl Writer {
         self.u8(layer.base.into());
     }
 
+    fn status(&mut self, status: Option<i32>) {
+        self.u8(status.is_some().into());
+        self.u32(status.unwrap_or(0).cast_unsigned());
+    }
+
     fn exit(&mut self, exit: &ExitRecord) {
-        self.u8(exit.status.is_some().into());
-        self.u32(exit.status.unwrap_or(0).cast_unsigned());
+        self.status(exit.status);
         self.u8(exit.out_of_memory.into());
+        self.u8(exit.writable_full.into());
         self.u64(exit.memory_peak);
         self.u64(exit.cpu_us);
     }
@@ -360,6 +402,7 @@ impl Writer {
                 self.u8(6);
                 self.bytes(cut(text));
             }
+            Refusal::NoExec => self.u8(7),
         }
     }
 
@@ -377,11 +420,17 @@ impl Writer {
         for group in &spec.groups {
             self.u32(*group);
         }
-        self.u8(spec.read_only_root.into());
-        self.u8(match spec.streams {
-            Streams::Log => 0,
-            Streams::Call => 1,
-        });
+        self.limits(&spec.limits);
+        self.isolation(&spec.isolation);
+        self.list(&spec.volumes);
+        match spec.streams {
+            Streams::Log => self.u8(0),
+            Streams::Call => self.u8(1),
+            Streams::Terminal(size) => {
+                self.u8(2);
+                self.size(size);
+            }
+        }
         self.length(spec.files.len());
         for file in &spec.files {
             self.bytes(&file.path);
@@ -395,6 +444,62 @@ impl Writer {
         self.raw(&[spec.sockets.v4, spec.sockets.v6]);
         self.u8(spec.stop_signal.number());
         self.bytes(spec.hostname.as_bytes());
+    }
+
+    fn size(&mut self, size: WindowSize) {
+        self.raw(&size.rows.to_le_bytes());
+        self.raw(&size.columns.to_le_bytes());
+    }
+
+    fn exec(&mut self, spec: &ExecSpec) {
+        self.list(&spec.argv);
+        self.list(&spec.env);
+        self.bytes(&spec.working_dir);
+        self.u32(spec.uid);
+        self.u32(spec.gid);
+        self.length(spec.groups.len());
+        for group in &spec.groups {
+            self.u32(*group);
+        }
+        self.u8(spec.terminal.is_some().into());
+        if let Some(size) = spec.terminal {
+            self.size(size);
+        }
+    }
+
+    fn limits(&mut self, limits: &Limits) {
+        let Limits { memory, cpus, cpu_weight, pids, writable, open_files } = *limits;
+        self.u64(memory.as_bytes());
+        self.u32(cpus.map_or(0, Cpus::milli));
+        self.raw(&cpu_weight.to_le_bytes());
+        self.u32(pids);
+        self.u64(writable.map_or(0, ByteSize::as_bytes));
+        self.u32(open_files);
+    }
+
+    fn isolation(&mut self, isolation: &Isolation) {
+        let Isolation { no_new_privileges, read_only, tmpfs, network, egress } = isolation;
+        self.raw(&[(*no_new_privileges).into(), (*read_only).into(), (*network == Network::On).into()]);
+        self.length(tmpfs.len());
+        for mount in tmpfs {
+            self.bytes(mount.path().as_bytes());
+            self.u64(mount.size().map_or(0, ByteSize::as_bytes));
+        }
+        self.length(egress.len());
+        for rule in egress {
+            self.raw(&rule.address().octets());
+            let (first, last) = rule.ports().unwrap_or((0, 0));
+            self.raw(&[
+                rule.prefix(),
+                match rule.protocol() {
+                    None => 0,
+                    Some(Protocol::Tcp) => 6,
+                    Some(Protocol::Udp) => 17,
+                },
+            ]);
+            self.raw(&first.to_le_bytes());
+            self.raw(&last.to_le_bytes());
+        }
     }
 
     fn finish(self) -> Result<Vec<u8>, CodecError> {
@@ -523,15 +628,20 @@ impl<'a> Reader<'a> {
         self.u8()?.to_string().parse().map_err(|_| CodecError::Value("signal"))
     }
 
-    fn exit(&mut self) -> Result<ExitRecord, CodecError> {
+    fn status(&mut self) -> Result<Option<i32>, CodecError> {
         let known = self.flag()?;
         let status = self.i32()?;
         if !known && status != 0 {
             return Err(CodecError::Value("wait status"));
         }
+        Ok(known.then_some(status))
+    }
+
+    fn exit(&mut self) -> Result<ExitRecord, CodecError> {
         Ok(ExitRecord {
-            status: known.then_some(status),
+            status: self.status()?,
             out_of_memory: self.flag()?,
+            writable_full: self.flag()?,
             memory_peak: self.u64()?,
             cpu_us: self.u64()?,
         })
@@ -545,6 +655,7 @@ impl<'a> Reader<'a> {
             4 => Refusal::NoLayer(self.layer()?),
             5 => Refusal::System { step: self.text(TEXT_BYTES_MAX, "text")?, errno: self.i32()? },
             6 => Refusal::Exhausted(self.text(TEXT_BYTES_MAX, "text")?),
+            7 => Refusal::NoExec,
             _ => return Err(CodecError::Value("refusal")),
         })
     }
@@ -562,8 +673,15 @@ impl<'a> Reader<'a> {
         for _ in 0..self.length(Bound { what: "groups", max: GROUPS_MAX })? {
             groups.push(self.u32()?);
         }
-        let read_only_root = self.flag()?;
-        let streams = if self.flag()? { Streams::Call } else { Streams::Log };
+        let limits = self.limits()?;
+        let isolation = self.isolation()?;
+        let volumes = self.list("volumes")?;
+        let streams = match self.u8()? {
+            0 => Streams::Log,
+            1 => Streams::Call,
+            2 => Streams::Terminal(self.size()?),
+            _ => return Err(CodecError::Value("streams")),
+        };
         let mut files = Vec::new();
         for _ in 0..self.length(Bound { what: "files", max: LIST_MAX })? {
             let path = self.bytes(MESSAGE_BYTES_MAX, "path")?;
@@ -586,7 +704,9 @@ impl<'a> Reader<'a> {
             uid,
             gid,
             groups,
-            read_only_root,
+            limits,
+            isolation,
+            volumes,
             streams,
             files,
             listeners,
@@ -594,6 +714,64 @@ impl<'a> Reader<'a> {
             stop_signal,
             hostname,
         })
+    }
+
+    fn size(&mut self) -> Result<WindowSize, CodecError> {
+        Ok(WindowSize { rows: self.u16()?, columns: self.u16()? })
+    }
+
+    fn exec(&mut self) -> Result<ExecSpec, CodecError> {
+        let argv = self.list("arguments")?;
+        let env = self.list("environment")?;
+        let working_dir = self.bytes(MESSAGE_BYTES_MAX, "working directory")?;
+        let (uid, gid) = (self.u32()?, self.u32()?);
+        let mut groups = Vec::new();
+        for _ in 0..self.length(Bound { what: "groups", max: GROUPS_MAX })? {
+            groups.push(self.u32()?);
+        }
+        let terminal = if self.flag()? { Some(self.size()?) } else { None };
+        Ok(ExecSpec { argv, env, working_dir, uid, gid, groups, terminal })
+    }
+
+    fn limits(&mut self) -> Result<Limits, CodecError> {
+        let size = |bytes| (bytes != 0).then_some(ByteSize::bytes(bytes));
+        let memory = ByteSize::bytes(self.u64()?);
+        let cpus = match self.u32()? {
+            0 => None,
+            milli => Some(Cpus::from_milli(milli).ok_or(CodecError::Value("processors"))?),
+        };
+        let (cpu_weight, pids) = (self.u16()?, self.u32()?);
+        Ok(Limits { memory, cpus, cpu_weight, pids, writable: size(self.u64()?), open_files: self.u32()? })
+    }
+
+    fn isolation(&mut self) -> Result<Isolation, CodecError> {
+        let (no_new_privileges, read_only) = (self.flag()?, self.flag()?);
+        let network = if self.flag()? { Network::On } else { Network::Off };
+        let mut tmpfs = Vec::new();
+        for _ in 0..self.length(Bound { what: "tmpfs", max: LIST_MAX })? {
+            let path = self.text(PATH_BYTES_MAX, "path of a tmpfs")?;
+            let size = Some(self.u64()?).filter(|size| *size != 0).map(ByteSize::bytes);
+            let mount = TmpfsMount::new(&path, size).map_err(|_| CodecError::Value("tmpfs"))?;
+            // One mount has one form.
+            if mount.path() != path {
+                return Err(CodecError::Value("path of a tmpfs"));
+            }
+            tmpfs.push(mount);
+        }
+        let mut egress = Vec::new();
+        for _ in 0..self.length(Bound { what: "egress rules", max: LIST_MAX })? {
+            let address = Ipv4Addr::from(self.array::<4>()?);
+            let [prefix, protocol] = self.array()?;
+            let protocol = match protocol {
+                0 => None,
+                6 => Some(Protocol::Tcp),
+                17 => Some(Protocol::Udp),
+                _ => return Err(CodecError::Value("protocol of an egress rule")),
+            };
+            let ports = Some((self.u16()?, self.u16()?)).filter(|ports| *ports != (0, 0));
+            egress.push(EgressRule::new(address, prefix, ports, protocol).ok_or(CodecError::Value("egress rule"))?);
+        }
+        Ok(Isolation { no_new_privileges, read_only, tmpfs, network, egress })
     }
 
     fn end(&self) -> Result<(), CodecError> {
@@ -611,6 +789,7 @@ impl Request {
                 spec.check()
             }
             Self::Start { descriptor, .. } => check_bytes(descriptor, DESCRIPTOR_BYTES_MAX, "descriptor"),
+            Self::Exec { spec, .. } => spec.check(),
             _ => Ok(()),
         }
     }
