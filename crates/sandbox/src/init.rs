@@ -3,8 +3,9 @@
 //! ```text
 //! born by the zygote's clone3 in new mount, pid, uts and ipc namespaces, in the network namespace that the zygote prepared
 //!   cgroup ─ root attached ─ planned files ─ /dev /proc /sys ─ pivot ─ masks ─ host name ─ sockets sent ─ working directory
-//!   ─ limits ─ bounding set ─ no_new_privs ─ filter ─ vfork ┬ stdio, ids, capabilities, exec: the image's process
-//!                                                           └ Executed sent, all descriptors closed, capabilities dropped but KILL
+//!   ─ limits ─ bounding set ─ no_new_privs unless switched off
+//!   ─ filter ─ vfork ┬ stdio, ids, capabilities, exec: the image's process
+//!                    └ Executed sent, all descriptors closed, capabilities dropped but KILL
 //!   ─ waits for signals: reaps orphans, forwards the stop signal ─ main process ended: its status to the shared page, exit
 //! ```
 //! From clone to exec nothing here allocates or locks; what needs an allocation was made by the zygote ([`Prepared`]).
@@ -60,6 +61,7 @@ pub(crate) struct Prepared {
     /// Instead of the streams that come with a start.
     terminal: Option<WindowSize>,
     read_only_root: bool,
+    no_new_privileges: bool,
     stop_signal: i32,
     open_files: u64,
 }
@@ -113,6 +115,7 @@ impl Prepared {
                 Streams::Log | Streams::Call => None,
             },
             read_only_root: spec.isolation.read_only,
+            no_new_privileges: spec.isolation.no_new_privileges,
             stop_signal: spec.stop_signal.number().into(),
             open_files: spec.limits.open_files.into(),
         }
@@ -257,7 +260,11 @@ pub(crate) fn confine(prepared: &Prepared) -> Result<(), Failed> {
     rustix::process::setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).map_err(&privileges)?;
     not_dumpable()?;
     userns::drop_bounding(userns::KEPT).map_err(during(InitStep::Privileges))?;
-    userns::no_new_privs().map_err(during(InitStep::Privileges))?;
+    // Without it setuid bits and file capabilities give what the bounding set holds. The filter needs it, or CAP_SYS_ADMIN, which ends with
+    // the exec.
+    if prepared.no_new_privileges {
+        userns::no_new_privs().map_err(during(InitStep::Privileges))?;
+    }
     prepared.filter.install().map_err(during(InitStep::Seccomp))
 }
 
