@@ -12,6 +12,7 @@ mod groups;
 mod kernel;
 mod modules;
 mod process;
+mod users;
 
 use std::path::Path;
 
@@ -153,6 +154,7 @@ pub fn examine(data: &Path) -> Report {
     }
     findings.extend(groups::look(root));
     findings.extend(process::look());
+    findings.extend(users::look(root));
     Report { root, findings }
 }
 

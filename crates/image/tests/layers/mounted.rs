@@ -26,7 +26,7 @@ pub(crate) enum Way {
 
 impl Way {
     /// The ways that this kernel has, the newest first.
-    fn all() -> &'static [Self] {
+    pub(crate) fn all() -> &'static [Self] {
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
         let mut numbers = release.split('.').map(|number| number.parse::<u32>().unwrap_or(0));
         if (numbers.next(), numbers.next()) >= (Some(6), Some(15)) {
@@ -49,7 +49,8 @@ impl Mount {
         Self::erofs_by(Way::all()[0], image)
     }
 
-    fn erofs_by(way: Way, image: &Path) -> Self {
+    /// Mounts a layer in a way of [`Way::all`].
+    pub(crate) fn erofs_by(way: Way, image: &Path) -> Self {
         match way {
             Way::Detached => {
                 let context = fsopen("erofs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();

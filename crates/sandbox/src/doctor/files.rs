@@ -12,18 +12,9 @@ use crate::mount::probe::{self, TRIAL_BASE};
 use crate::mount::{Features, LayerSource, Missing, OverlayForm};
 use crate::userns;
 
-const DATA: Feature = Feature {
-    area: Area::Files,
-    name: "data directory",
-    required: true,
-    lost: "images, state and logs have no place",
-};
-const LAYERS: Feature = Feature {
-    area: Area::Files,
-    name: "erofs layers",
-    required: true,
-    lost: "layers cannot be mounted",
-};
+const DATA: Feature =
+    Feature { area: Area::Files, name: "data directory", required: true, lost: "images, state and logs have no place" };
+const LAYERS: Feature = Feature { area: Area::Files, name: "erofs layers", required: true, lost: "layers cannot be mounted" };
 const LOOP_LAYERS: Feature = Feature {
     lost: "each layer takes a loop device, and its first mount some milliseconds more; starts cost the same",
     ..LAYERS
@@ -34,16 +25,10 @@ const IDMAPPED: Feature = Feature {
     required: true,
     lost: "a layer cannot be shown with the ids of a function",
 };
-const OVERLAY: Feature = Feature {
-    area: Area::Files,
-    name: "overlay",
-    required: true,
-    lost: "root file systems cannot be made of layers",
-};
-const OVERLAY_BY_PATHS: Feature = Feature {
-    lost: "mounts are made in a namespace of the server's own, which makes each start a little slower",
-    ..OVERLAY
-};
+const OVERLAY: Feature =
+    Feature { area: Area::Files, name: "overlay", required: true, lost: "root file systems cannot be made of layers" };
+const OVERLAY_BY_PATHS: Feature =
+    Feature { lost: "mounts are made in a namespace of the server's own, which makes each start a little slower", ..OVERLAY };
 const INSIDE: Feature = Feature {
     area: Area::Files,
     name: "proc, sys and pts inside",
@@ -137,7 +122,8 @@ fn data_directory(data: &Path, root: bool) -> (Option<OwnedFd>, Finding) {
         Feature { lost: "images and functions are gone at the next boot, and take memory", ..DATA }
             .degraded(room, "choose a directory on a disk with --data")
     } else if free < ROOM_MIN {
-        Feature { lost: "larger images find no room", ..DATA }.degraded(room, "make room, or choose another directory with --data")
+        Feature { lost: "larger images find no room", ..DATA }
+            .degraded(room, "make room, or choose another directory with --data")
     } else {
         DATA.ok(room)
     };

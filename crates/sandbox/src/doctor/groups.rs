@@ -6,6 +6,7 @@ use rustix::fs::{Access, AtFlags, CWD};
 
 use super::{Area, Feature, Finding};
 use crate::cgroup::Layout;
+use crate::cgroup::place::{SYSTEMD, delegated, manager_sockets, own_group};
 
 const INTERFACE: Feature = Feature {
     area: Area::ControlGroups,
@@ -44,9 +45,6 @@ const PLACE: Feature = Feature {
     lost: "systemd does not know of the groups, and may change what was enabled for them",
 };
 
-/// Where systemd says that it runs (sd_booted(3)).
-const SYSTEMD: &str = "/run/systemd/system";
-
 /// What is found of the machine, as text: what is said of it is a function of this.
 #[derive(Debug, Default)]
 struct Seen {
@@ -64,8 +62,7 @@ impl Seen {
             Ok(Layout::V2(mount)) => Some(mount),
             _ => None,
         };
-        let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        Self { layout: Layout::detect().ok(), unified, own: own(&groups), systemd: Path::new(SYSTEMD).is_dir() }
+        Self { layout: Layout::detect().ok(), unified, own: own_group(), systemd: Path::new(SYSTEMD).is_dir() }
     }
 
     /// The directory whose controllers a server would have.
@@ -97,7 +94,7 @@ pub(super) fn look(root: bool) -> Vec<Finding> {
             let writable = controllers.iter().all(|controller| is_writable(&controller.mount));
             let mut findings = vec![interface_v1(root, writable, seen.unified.is_some())];
             if root {
-                findings.extend(of_v1(&names, &mounted_v1()));
+                findings.extend(of_v1(&names));
             }
             findings
         }
@@ -157,17 +154,17 @@ fn writable_cure() -> &'static str {
     "remount it: mount -o remount,rw /sys/fs/cgroup (in a container: docker run --privileged --cgroupns=private)"
 }
 
-/// `used`: the controllers with groups of instances, as the layout has them; `mounted`: all that are mounted.
-fn of_v1(used: &[&str], mounted: &str) -> Vec<Finding> {
-    let has = |name: &str| used.contains(&name) || mounted.split_whitespace().any(|found| found == name);
-    let cure = |name: &str| {
-        format!("mkdir /sys/fs/cgroup/{name} && mount -t cgroup -o {name} none /sys/fs/cgroup/{name}")
-    };
+/// `mounted`: the controllers that there are mounts of.
+fn of_v1(mounted: &[&str]) -> Vec<Finding> {
+    let has = |name: &str| mounted.contains(&name);
+    let cure = |name: &str| format!("mkdir /sys/fs/cgroup/{name} && mount -t cgroup -o {name} none /sys/fs/cgroup/{name}");
     let memory = if has("memory") { MEMORY.ok("mounted") } else { MEMORY.missing("not mounted", memory_cure()) };
     let pids = if has("pids") { PIDS.ok("mounted") } else { PIDS.missing("not mounted", cure("pids")) };
     let cpu = match (has("cpu"), has("cpuacct")) {
         (true, true) => CPU.ok("cpu and cpuacct are mounted"),
-        (true, false) => Feature { lost: "no account of processor time", ..CPU }.degraded("cpuacct is not mounted", cure("cpuacct")),
+        (true, false) => {
+            Feature { lost: "no account of processor time", ..CPU }.degraded("cpuacct is not mounted", cure("cpuacct"))
+        }
         (false, true) => Feature { lost: "no share and no bound of processors (--cpu-weight, --cpus)", ..CPU }
             .degraded("cpu is not mounted", cure("cpu")),
         (false, false) => CPU.missing("not mounted", cure("cpu,cpuacct")),
@@ -190,7 +187,13 @@ fn of_v2(root: bool, enabled: &str) -> Vec<Finding> {
     vec![
         find(MEMORY, "memory", cure(memory_cure())),
         find(PIDS, "pids", cure("use a kernel with CONFIG_CGROUP_PIDS=y, as all distributions' are")),
-        find(CPU, "cpu", cure("end processes with real-time priority outside of the root group, or use a kernel without CONFIG_RT_GROUP_SCHED")),
+        find(
+            CPU,
+            "cpu",
+            cure(
+                "end processes with real-time priority outside of the root group, or use a kernel without CONFIG_RT_GROUP_SCHED",
+            ),
+        ),
     ]
 }
 
@@ -200,26 +203,25 @@ fn memory_cure() -> &'static str {
 
 /// Under whose hands the groups would be.
 fn place(root: bool, seen: &Seen, directory: Option<&Path>) -> Finding {
-    let inside = seen.unified.as_ref().zip(seen.own.as_ref()).map(|(mount, own)| mount.join(own));
-    if let Some(own) = inside.filter(|own| is_delegated(own) || own.parent().is_some_and(is_delegated)) {
-        return PLACE.ok(format!("{} is delegated to who runs in it", own.display()));
+    let unit = seen.unified.as_ref().zip(seen.own.as_ref()).and_then(|(mount, own)| delegated(mount, own));
+    if let Some(unit) = unit {
+        return PLACE.ok(format!("{} is delegated to who runs in it", unit.display()));
     }
+    let (bus, private) = manager_sockets();
+    let manager = bus.exists() || private.exists();
     match (root, seen.systemd) {
-        (true, true) if Path::new("/run/systemd/private").exists() => {
-            PLACE.ok("systemd makes a scope for the server, or a unit with Delegate=yes has it")
-        }
+        (true, true) if manager => PLACE.ok("systemd makes a scope for the server, or a unit with Delegate=yes has it"),
         (true, true) => PLACE.degraded(
             "systemd runs, but cannot be asked for a scope",
             "start the server in a unit with Delegate=yes (systemd-run -p Delegate=yes funtainer serve)",
         ),
         (true, false) => PLACE.ok("the root of the tree, which no systemd manages"),
-        (false, _) if directory.is_some_and(|path| path.ends_with(format!("user@{}.service", rustix::process::geteuid().as_raw()))) => {
+        (false, true) if manager && directory.is_some_and(is_writable) => {
             PLACE.ok("this user's systemd makes a scope for the server")
         }
-        (false, _) => PLACE.degraded(
-            "nothing is delegated to this user",
-            "systemd-run --user --scope -p Delegate=yes funtainer serve",
-        ),
+        (false, _) => {
+            PLACE.degraded("nothing is delegated to this user", "systemd-run --user --scope -p Delegate=yes funtainer serve")
+        }
     }
 }
 
@@ -230,28 +232,6 @@ fn kill(seen: &Seen) -> Finding {
     } else {
         KILL.degraded("there is no v2 tree", "mkdir /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified")
     }
-}
-
-/// The group in the unified tree, without its leading slash.
-fn own(groups: &str) -> Option<PathBuf> {
-    let path = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    (!path.split('/').any(|part| part == "..")).then(|| path.into())
-}
-
-/// The options of all mounted v1 controllers.
-fn mounted_v1() -> String {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let options = mounts.lines().filter_map(|line| line.split_once(" - cgroup ")?.1.split(' ').nth(1));
-    options.collect::<Vec<_>>().join(",").replace(',', " ")
-}
-
-/// systemd writes the mark as `trusted.delegate`, which root alone can read, and as `user.delegate`.
-fn is_delegated(group: &Path) -> bool {
-    ["trusted.delegate", "user.delegate"].into_iter().any(|name| {
-        let mut value = [0_u8; 8];
-        let length = rustix::fs::getxattr(group, name, &mut value).unwrap_or(0);
-        &value[..length] == b"1"
-    })
 }
 
 fn is_writable(path: &Path) -> bool {
@@ -271,12 +251,12 @@ mod tests {
     fn controllers_of_the_first_version_are_looked_for_among_the_mounts() {
         use State::{Degraded, Missing, Ok};
         for (mounted, expect) in [
-            ("rw memory rw pids rw cpu rw cpuacct", [Ok, Ok, Ok]),
-            ("rw memory rw pids rw cpuacct", [Ok, Ok, Degraded]),
-            ("rw memory rw cpu", [Ok, Missing, Degraded]),
-            ("rw cpuset", [Missing, Missing, Missing]),
+            (&["memory", "pids", "cpu", "cpuacct"][..], [Ok, Ok, Ok]),
+            (&["memory", "pids", "cpuacct"], [Ok, Ok, Degraded]),
+            (&["memory", "cpu"], [Ok, Missing, Degraded]),
+            (&[], [Missing, Missing, Missing]),
         ] {
-            assert_eq!(states(&of_v1(&[], mounted)), expect, "{mounted}");
+            assert_eq!(states(&of_v1(mounted)), expect, "{mounted:?}");
         }
     }
 
@@ -297,12 +277,5 @@ mod tests {
         assert_eq!((user.state, user.required), (State::Degraded, false));
         assert_eq!(interface_v2(false, false, None).state, State::Degraded);
         assert_eq!(interface_v2(false, true, Some(Path::new("/x"))).found, "v2, /x is yours");
-    }
-
-    #[test]
-    fn the_own_group_is_read() {
-        assert_eq!(own("4:memory:/x\n0::/a/b\n"), Some(PathBuf::from("a/b")));
-        assert_eq!(own("0::/../x\n"), None);
-        assert_eq!(own("4:memory:/x\n"), None);
     }
 }

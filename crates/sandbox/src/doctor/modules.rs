@@ -1,7 +1,7 @@
 //! What the kernel has built in, has loaded, and could load.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// How the kernel has a driver or file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub(super) fn find(root: &Path, release: &str, name: &str) -> Presence {
     }
     // Most distributions have /lib as a link to /usr/lib; some containers bind one of both.
     let lists = ["lib/modules", "usr/lib/modules"].map(|directory| root.join(directory).join(release));
-    let Some((builtin, loadable)) = lists.iter().find_map(read) else { return Presence::NoLists };
+    let Some((builtin, loadable)) = lists.iter().find_map(|directory| read(directory)) else { return Presence::NoLists };
     if names(&builtin).any(|found| found == name) {
         return Presence::There;
     }
@@ -32,7 +32,7 @@ pub(super) fn find(root: &Path, release: &str, name: &str) -> Presence {
     if names(&modules).any(|found| found == name) { Presence::Loadable } else { Presence::Absent }
 }
 
-fn read(directory: &PathBuf) -> Option<(String, String)> {
+fn read(directory: &Path) -> Option<(String, String)> {
     let loadable = fs::read_to_string(directory.join("modules.dep")).ok()?;
     Some((fs::read_to_string(directory.join("modules.builtin")).unwrap_or_default(), loadable))
 }

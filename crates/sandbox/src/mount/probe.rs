@@ -116,7 +116,11 @@ pub(crate) fn layer_source(file: BorrowedFd<'_>, newest: LayerSource) -> Result<
 }
 
 /// A whole root file system, in one way.
-pub(crate) fn try_overlay(features: Features, file: BorrowedFd<'_>, ids: BorrowedFd<'_>) -> Result<(Mounts, OwnedFd), StepError> {
+pub(crate) fn try_overlay(
+    features: Features,
+    file: BorrowedFd<'_>,
+    ids: BorrowedFd<'_>,
+) -> Result<(Mounts, OwnedFd), StepError> {
     let mounts = Mounts::open(features)?;
     let layer = mounts.layer(file)?;
     let mapped = [mounts.idmapped(&layer, ids)?];
