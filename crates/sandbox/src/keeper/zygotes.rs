@@ -290,7 +290,7 @@ impl Keeper {
         let path = format!("/proc/{}/ns/user", forked.pid);
         let ids = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| refusal(StepError { step: "open a user namespace", errno }))?;
-        let layers = self.layers.lend(self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
+        let layers = self.layers.lend(&self.mounts, self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
         let failed = |errno| refusal(StepError { step: "watch a zygote", errno });
         let token = TOKEN_ZYGOTES + 2 * key;
         epoll::add(&self.epoll, &forked.pidfd, EventData::new_u64(token + 1), EventFlags::IN).map_err(failed)?;
@@ -314,7 +314,7 @@ impl Keeper {
         }
     }
 
-    fn order(&mut self, key: u64, order: Order, descriptors: &[BorrowedFd<'_>]) {
+    pub(super) fn order(&mut self, key: u64, order: Order, descriptors: &[BorrowedFd<'_>]) {
         if let Some(zygote) = self.zygotes.by_key.get_mut(&key)
             && let Err(fault) = zygote.order(&self.epoll, order, descriptors)
         {
@@ -374,7 +374,7 @@ impl Keeper {
     fn on_report(&mut self, key: u64, report: Report, mut descriptors: fds::Fds) -> Option<()> {
         let zygote = self.zygotes.by_key.get_mut(&key)?;
         zygote.heard = Instant::now();
-        if !matches!(report, Report::Exited { .. }) {
+        if report.is_answer() {
             zygote.owed = zygote.owed.checked_sub(1)?;
         }
         match report {
@@ -398,6 +398,16 @@ impl Keeper {
                 self.instance_not_spawned(key, instance, Refusal::System { step, errno })?;
             }
             Report::Exited { instance, status } => self.instance_exited(key, instance, status)?,
+            Report::ExecSpawned(exec) => self.exec_spawned(key, exec)?,
+            Report::ExecNotSpawned { exec, errno: libc::ESRCH, .. } => {
+                self.exec_not_spawned(key, exec, Refusal::NoInstance)?;
+            }
+            Report::ExecNotSpawned { exec, errno, step } => {
+                self.exec_not_spawned(key, exec, Refusal::System { step, errno })?;
+            }
+            Report::ExecSignalled { exec, errno } => self.exec_signalled(key, exec, errno)?,
+            Report::ExecEnded { exec, status } => self.exec_ended(key, exec, Some(status))?,
+            Report::ExecLost(exec) => self.exec_ended(key, exec, None)?,
             Report::Sockets { instance, errno } => {
                 let (asked, requester) = zygote.sockets.pop_front()?;
                 if asked != instance {
@@ -433,6 +443,7 @@ impl Keeper {
         for requester in setting_up.into_iter().chain(zygote.sockets.into_iter().map(|(_, requester)| requester)) {
             self.reply(requester, &Reply::Refused(Refusal::NoZygote), &[]);
         }
+        self.execs_lost(key);
         self.instances_lost(key);
         self.event(&Reply::RevisionEnded { revision: zygote.revision });
     }
