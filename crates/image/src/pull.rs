@@ -257,21 +257,17 @@ impl ImageStore {
             return Ok(form);
         }
         let (disk, below) = (self.disk.clone(), below.to_vec());
-        let derived = tokio::task::spawn_blocking(move || derive(&disk, image, layer, &below));
-        match derived.await.map_err(|error| ImageError::Store(StoreError::Thread(error)))?? {
-            Some(finished) => {
-                self.commit(form, finished).await?;
-                Ok(form)
-            }
-            None => {
-                let mut fitting = self.fitting.lock().unwrap_or_else(PoisonError::into_inner);
-                if fitting.len() >= FITTING_MAX {
-                    fitting.clear();
-                }
-                fitting.insert(form);
-                Ok(layer)
-            }
+        let derived = tokio::task::spawn_blocking(move || derive(&disk, &image, layer, &below));
+        if let Some(finished) = derived.await.map_err(|error| ImageError::Store(StoreError::Thread(error)))?? {
+            self.commit(form, finished).await?;
+            return Ok(form);
         }
+        let mut fitting = self.fitting.lock().unwrap_or_else(PoisonError::into_inner);
+        if fitting.len() >= FITTING_MAX {
+            fitting.clear();
+        }
+        fitting.insert(form);
+        Ok(layer)
     }
 
     pub(crate) async fn commit(&self, layer: LayerId, finished: FinishedLayer) -> Result<(), ImageError> {
@@ -289,8 +285,8 @@ pub(crate) struct FinishedLayer {
 }
 
 /// The other form of a layer in a new file in `tmp`; none where the layer fits over `below` as it is.
-fn derive(disk: &Disk, image: String, layer: LayerId, below: &[LayerId]) -> Result<Option<FinishedLayer>, ImageError> {
-    let wrong = |source| ImageError::Derive { image: image.clone(), layer, source };
+fn derive(disk: &Disk, image: &str, layer: LayerId, below: &[LayerId]) -> Result<Option<FinishedLayer>, ImageError> {
+    let wrong = |source| ImageError::Derive { image: image.to_owned(), layer, source };
     let file = disk.open_layers(&[layer])?.pop().expect("as many files as layers");
     let reader = erofs::Reader::new(file).map_err(|error| wrong(error.into()))?;
     if !reader.superblock().implied {

@@ -378,19 +378,20 @@ fn extras(prepared: &Prepared, root: BorrowedFd<'_>) -> Result<(), Failed> {
     let root_identity = identity(root).map_err(&failed)?;
     for Extra { path, parents, place, kind } in &prepared.extras {
         make_directories(root, parents).map_err(&failed)?;
-        let made = make_directory(root, place).map_err(&failed)?;
-        let made_of = during(InitStep::Volumes);
+        let is_new = make_directory(root, place).map_err(&failed)?;
+        let refused = during(InitStep::Volumes);
         let mount = match kind {
             ExtraKind::Volume if !prepared.read_only_root => continue,
             ExtraKind::Volume => mount::part(open_inside(root, path).map_err(&failed)?.as_fd()),
             ExtraKind::Tmpfs(size_bytes) => {
-                let (uid, gid, mode) = if made {
-                    (0, 0, TMPFS_MODE)
-                } else {
+                let mut options = Tmpfs { size_bytes: *size_bytes, uid: 0, gid: 0, mode: TMPFS_MODE, attributes: INERT };
+                if !is_new {
                     let image = open_inside(root, path).and_then(rustix::fs::fstat).map_err(&failed)?;
-                    (image.st_uid, image.st_gid, image.st_mode & 0o7777)
-                };
-                mount::tmpfs(&Tmpfs { size_bytes: *size_bytes, uid, gid, mode, attributes: INERT })
+                    options.uid = image.st_uid;
+                    options.gid = image.st_gid;
+                    options.mode = image.st_mode & 0o7777;
+                }
+                mount::tmpfs(&options)
             }
         };
         let target = open_inside(root, path).map_err(&failed)?;
@@ -398,7 +399,7 @@ fn extras(prepared: &Prepared, root: BorrowedFd<'_>) -> Result<(), Failed> {
         if identity(target.as_fd()).map_err(&failed)? == root_identity {
             return Err(failed(Errno::BUSY));
         }
-        mount::attach(mount.map_err(&made_of)?.as_fd(), target.as_fd()).map_err(&made_of)?;
+        mount::attach(mount.map_err(&refused)?.as_fd(), target.as_fd()).map_err(&refused)?;
     }
     Ok(())
 }

@@ -277,12 +277,12 @@ impl Derivation<'_> {
     fn below(&self, path: &Names) -> Result<Below, RootfsError> {
         let path = path.join(&b'/');
         Ok(match self.below.inode(OsStr::from_bytes(&path))? {
-            None => Below::Other,
             Some((inode, xattrs)) if inode.kind == InodeKind::Directory => Below::Directory(Box::new(inode), xattrs),
             Some((inode, _)) if inode.kind == InodeKind::Symlink => {
                 Below::Symlink(self.below.read_link(OsStr::from_bytes(&path))?)
             }
-            Some(_) => Below::Other,
+            // A file, or nothing.
+            Some(_) | None => Below::Other,
         })
     }
 

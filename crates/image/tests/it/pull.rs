@@ -143,7 +143,7 @@ async fn layers_get_the_form_that_those_below_ask_for() {
     let upper = layer("tmp/x", 1000);
     registry.push(&Layout::of(&[lower.clone(), upper.clone()]), "over:1", &[]);
     // The same layer where nothing is below it, and where that is as it should be.
-    registry.push(&Layout::of(&[upper.clone()]), "alone:1", &[]);
+    registry.push(&Layout::of(std::slice::from_ref(&upper)), "alone:1", &[]);
     registry.push(&Layout::of(&[layer("tmp/y", 10), upper.clone()]), "fits:1", &[]);
 
     let over = store.pull(&registry.reference("over:1")).await.unwrap();

@@ -74,20 +74,20 @@ fn find(layers: &[Mounted], name: &CStr) -> Result<Found, StepError> {
 fn directory(root: BorrowedFd<'_>, name: &CStr, mode: RawMode, owner: (u32, u32)) -> Result<OwnedFd, Errno> {
     rustix::fs::mkdirat(root, name, Mode::from_raw_mode(0o700))?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let made = rustix::fs::openat(root, name, flags, Mode::empty())?;
-    rustix::fs::fchown(&made, Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)))?;
-    rustix::fs::fchmod(&made, Mode::from_raw_mode(mode))?;
-    Ok(made)
+    let created = rustix::fs::openat(root, name, flags, Mode::empty())?;
+    rustix::fs::fchown(&created, Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)))?;
+    rustix::fs::fchmod(&created, Mode::from_raw_mode(mode))?;
+    Ok(created)
 }
 
 fn file(directory: BorrowedFd<'_>, name: &CStr, content: &[u8], owner: u32) -> Result<(), Errno> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    let made = rustix::fs::openat(directory, name, flags, Mode::from_raw_mode(0o600))?;
+    let created = rustix::fs::openat(directory, name, flags, Mode::from_raw_mode(0o600))?;
     let mut rest = content;
     while !rest.is_empty() {
-        let written = rustix::io::write(&made, rest)?;
+        let written = rustix::io::write(&created, rest)?;
         rest = &rest[written..];
     }
-    rustix::fs::fchown(&made, Some(Uid::from_raw(owner)), Some(Gid::from_raw(owner)))?;
-    rustix::fs::fchmod(&made, Mode::from_raw_mode(0o644))
+    rustix::fs::fchown(&created, Some(Uid::from_raw(owner)), Some(Gid::from_raw(owner)))?;
+    rustix::fs::fchmod(&created, Mode::from_raw_mode(0o644))
 }
