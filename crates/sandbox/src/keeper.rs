@@ -19,6 +19,7 @@ mod jail;
 mod layers;
 mod link;
 mod listen;
+mod platform;
 mod requests;
 mod resident;
 mod zygotes;

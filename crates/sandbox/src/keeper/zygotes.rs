@@ -18,7 +18,7 @@ use rustix::net::RecvFlags;
 use super::instances::{Leftover, cgroup_refusal};
 use super::layers::{Lent, refusal};
 use super::link::{Fault, Link};
-use super::{Keeper, Requester, TOKEN_ZYGOTES, TURN_MESSAGES};
+use super::{Keeper, Requester, TOKEN_ZYGOTES, TURN_MESSAGES, platform};
 use crate::cgroup::Nest;
 use crate::orders::{DATAGRAM_BYTES, Order, Report};
 use crate::protocol::{Refusal, Reply, RevisionSpec, Streams};
@@ -309,7 +309,8 @@ impl Keeper {
         let path = format!("/proc/{}/ns/user", forked.pid);
         let ids = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| refusal(StepError { step: "open a user namespace", errno }))?;
-        let layers = self.layers.lend(&self.mounts, self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
+        let mut layers = self.layers.lend(&self.mounts, self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
+        layers.cover(self.mounts.platform(layers.mapped(), base, &platform::files(spec)).map_err(refusal)?);
         let failed = |errno| refusal(StepError { step: "watch a zygote", errno });
         let token = TOKEN_ZYGOTES + 2 * key;
         epoll::add(&self.epoll, &forked.pidfd, EventData::new_u64(token + 1), EventFlags::IN).map_err(failed)?;
