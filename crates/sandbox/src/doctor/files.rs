@@ -112,7 +112,7 @@ fn data_directory(data: &Path, root: bool) -> (Option<OwnedFd>, Finding) {
     };
     let found = rustix::fs::fstatfs(&directory).map(|stat| (name(stat.f_type), stat.f_bavail * stat.f_bsize.cast_unsigned()));
     let (kind, free) = found.unwrap_or(("unknown", u64::MAX));
-    let room = format!("{shown} on {kind}, {:.1} GiB free", free as f64 / f64::from(1 << 30));
+    let size = format!("{shown} on {kind}, {:.1} GiB free", free as f64 / f64::from(1 << 30));
     let finding = if !root && let Err(errno) = attribute(&trial) {
         DATA.missing(
             format!("{shown} on {kind}, which takes no extended attributes of users ({errno})"),
@@ -120,12 +120,12 @@ fn data_directory(data: &Path, root: bool) -> (Option<OwnedFd>, Finding) {
         )
     } else if IN_MEMORY.contains(&kind) {
         Feature { lost: "images and functions are gone at the next boot, and take memory", ..DATA }
-            .degraded(room, "choose a directory on a disk with --data")
+            .degraded(size, "choose a directory on a disk with --data")
     } else if free < ROOM_MIN {
         Feature { lost: "larger images find no room", ..DATA }
-            .degraded(room, "make room, or choose another directory with --data")
+            .degraded(size, "make room, or choose another directory with --data")
     } else {
-        DATA.ok(room)
+        DATA.ok(size)
     };
     (Some(directory), finding)
 }

@@ -136,10 +136,6 @@ fn enter(root: bool) -> Result<(), StepError> {
     mount::make_private()
 }
 
-fn try_nothing() -> Result<(), StepError> {
-    Ok(())
-}
-
 fn trial_tmpfs() -> Result<std::os::fd::OwnedFd, StepError> {
     mount::tmpfs(&Tmpfs { size_bytes: TRIAL_BYTES, uid: 0, gid: 0, mode: 0o700, attributes: INERT })
 }
@@ -172,7 +168,7 @@ fn try_proc() -> Result<(), StepError> {
 
 fn namespaces(feature: Feature, root: bool) -> Finding {
     let who = if root { "made by a user without privilege" } else { "made by this user" };
-    match in_namespaces(root, try_nothing) {
+    match in_namespaces(root, || Ok(())) {
         Ok(_) => feature.ok(who),
         Err(error) => feature.missing(error, Settings::read().cure()),
     }
