@@ -4,7 +4,7 @@ use std::os::fd::AsFd as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, AtFlags, CWD, XattrFlags};
+use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountAttrFlags, fsconfig_set_flag, fsconfig_set_string};
 use rustix::process::{DumpableBehavior, Gid, Uid};
@@ -141,14 +141,17 @@ fn trial_tmpfs() -> Result<std::os::fd::OwnedFd, StepError> {
 }
 
 fn try_attributes() -> Result<(), StepError> {
-    let directory = trial_tmpfs()?;
+    let mount = trial_tmpfs()?;
+    // What mounts are made as opens no files: fsmount(2), O_PATH.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::openat(&mount, c".", flags, Mode::empty()).map_err(at("open a tmpfs"))?;
     rustix::fs::fsetxattr(&directory, ATTRIBUTE, b"y", XattrFlags::empty()).map_err(at("set an attribute of a tmpfs"))
 }
 
 /// Of directories of a tmpfs that lies over `/proc`, which this mount namespace alone sees so.
 fn try_overlay() -> Result<(), StepError> {
-    let place = rustix::fs::open(c"/proc", rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())
-        .map_err(at("open a place for a tmpfs"))?;
+    let place =
+        rustix::fs::open(c"/proc", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(at("open a place for a tmpfs"))?;
     mount::attach(trial_tmpfs()?.as_fd(), place.as_fd())?;
     for name in ["lower", "upper", "work"] {
         std::fs::create_dir(Path::new("/proc").join(name))
