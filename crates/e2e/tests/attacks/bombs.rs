@@ -14,7 +14,7 @@ use crate::{ATTACKER, Outcome, attack, get_through, outcome, with_attacker};
 const LIMITS: [&str; 8] = ["--memory", "64M", "--pids", "64", "--open-files", "1024", "--writable", "32M"];
 
 /// Bombs: what they want, all of it more than the limits, and less than the control's machine has.
-const BOMBS: [&str; 7] = [
+const BOMBS: [&str; 8] = [
     "processes=200",
     "threads=200",
     "memory=256",
@@ -22,7 +22,11 @@ const BOMBS: [&str; 7] = [
     "fill=/dev/shm/full:256",
     "inodes=/tmp:200000",
     "pipes=256",
+    "descriptors=5000",
 ];
+
+/// Fewest calls of the neighbour beside a bomb.
+const CALLS_MIN: usize = 20;
 
 /// Times of the neighbour's calls while something else goes on.
 fn beside<T>(server: &Server, what: impl FnOnce() -> Result<T>) -> Result<(T, Vec<Duration>)> {
@@ -35,7 +39,7 @@ fn beside<T>(server: &Server, what: impl FnOnce() -> Result<T>) -> Result<(T, Ve
                 let start = Instant::now();
                 funtainer_e2e::http::call(&endpoint, "GET", "/function/neighbour", &[], b"")?.expect(200)?;
                 times.push(start.elapsed());
-                if over.load(Ordering::Acquire) {
+                if over.load(Ordering::Acquire) && times.len() >= CALLS_MIN {
                     return Ok(times);
                 }
             }
@@ -75,7 +79,21 @@ fn nothing_can_be_used_up() -> Result<()> {
         Ok(())
     })?;
     let attacks = BOMBS.map(|bomb| attack(bomb.replace("/tmp", "/mnt")));
-    get_through("mount -t tmpfs -o size=1G none /mnt; mount -t tmpfs -o size=1G none /dev/shm", &attacks)
+    get_through("mount -t tmpfs -o size=1G none /mnt; mount -t tmpfs -o size=1G none /dev/shm; ulimit -n 20000", &attacks)
+}
+
+/// Signals that wait are the kernel's memory: they count towards the limit, or towards `RLIMIT_SIGPENDING`, which nobody inside can raise.
+#[test]
+fn signals_that_wait_are_bounded() -> Result<()> {
+    with_attacker(|_, server| {
+        let bomb = "signals=10000000";
+        let finished = server.cli(["run", "--memory", "64M", "attacker:1", "--", bomb])?;
+        ensure!(!finished.out().contains("through"), "{finished:?}");
+        // Another function is not refused its own.
+        let few = server.ok(["run", "attacker:1", "--", "signals=1000"])?;
+        ensure!(few.contains("through"), "{few}");
+        Ok(())
+    })
 }
 
 /// Logs are bounded, whatever is said.
