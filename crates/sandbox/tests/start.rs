@@ -368,3 +368,8 @@ fn a_hundred_starts_leave_nothing() {
     assert!(gone, "before {before:?}, after {after:?}");
     assert_eq!(server.stop(client), Some(0));
 }
+
+#[test]
+fn all_of_this_works_in_the_ways_of_the_oldest_kernels() {
+    harness::again_in_the_oldest_ways("all_of_this_works_in_the_ways_of_the_oldest_kernels", &[]);
+}

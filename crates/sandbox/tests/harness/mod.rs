@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use funtainer_model::{ByteSize, Digest, ExecId, InstanceId, Isolation, LayerId, Limits, RevisionId, StopSignal};
 use funtainer_sandbox::fds;
+use funtainer_sandbox::mount::{Features, Mounts};
 use funtainer_sandbox::protocol::{
     ExecSpec, ExitRecord, InitMessage, MESSAGE_BYTES_MAX, Refusal, Reply, Request, RevisionSpec, SocketCounts, Streams,
     WindowSize,
@@ -584,4 +585,21 @@ pub fn traces(server: &Server, zygote: i32) -> Vec<usize> {
     ];
     traces.extend(cgroups(&id).iter().map(|path| directories(path)));
     traces
+}
+
+/// Makes `keeper_host` mount in the ways of the oldest kernels.
+const OLDEST: &str = "KEEPER_HOST_OLDEST";
+
+/// Runs the tests of this program again, those whose names contain one of `names` (none: all), with a keeper that mounts in the ways of the
+/// oldest kernels. `caller` is the test that calls this. Nothing where the kernel has no other ways.
+pub fn again_in_the_oldest_ways(caller: &str, names: &[&str]) {
+    let store = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let store = fs::File::open(store.path()).unwrap();
+    if Mounts::probe(store.as_fd(), Features::NEWEST).unwrap().features() == Features::OLDEST {
+        return;
+    }
+    let again =
+        Command::new(std::env::current_exe().unwrap()).args(["--skip", caller]).args(names).env(OLDEST, "1").output().unwrap();
+    let text = String::from_utf8_lossy(&again.stdout);
+    assert!(again.status.success() && !text.contains("running 0 tests"), "{text}{}", String::from_utf8_lossy(&again.stderr));
 }
