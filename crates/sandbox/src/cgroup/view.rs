@@ -55,9 +55,9 @@ impl Seat {
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         let allowed = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default().trim_ascii();
         let step = "set the processors of a control group";
-        let set = write(seat.directory.as_fd(), "cpuset.cpus", allowed("Cpus_allowed_list:"), step)
+        let written = write(seat.directory.as_fd(), "cpuset.cpus", allowed("Cpus_allowed_list:"), step)
             .and_then(|()| write(seat.directory.as_fd(), "cpuset.mems", allowed("Mems_allowed_list:"), step));
-        set.map_err(|source| {
+        written.map_err(|source| {
             // It is empty; the first error is the one to tell.
             let _ = component(name).map(|name| remove_directory(seat.root.as_fd(), &name));
             CgroupError::Step { path: name.to_owned(), source }
