@@ -79,16 +79,16 @@ const TOKEN_ZYGOTES: u64 = 16;
 /// How `funtainer serve` is set up.
 #[derive(Debug, Clone)]
 pub struct KeeperSettings {
-    /// Where calls come in; port 0 lets the kernel choose.
-    pub listen: SocketAddr,
+    /// Where calls come in, port 0 lets the kernel choose; `None` for calls through the admin socket alone.
+    pub listen: Option<SocketAddr>,
     /// Path of the admin socket.
     pub admin: PathBuf,
     /// Data directory.
     pub data: PathBuf,
     /// Command line of the daemon, which is this program again: `funtainer daemon`. `--listeners N` is put behind it.
     pub daemon: Vec<OsString>,
-    /// Told once, when the first daemon accepts calls.
-    pub announce: fn(SocketAddr),
+    /// Told once, when the first daemon accepts calls, with the address that was bound.
+    pub announce: fn(Option<SocketAddr>),
     /// Told what an operator should know, as one line without its end.
     pub log: fn(&str),
 }
@@ -212,7 +212,7 @@ struct Keeper {
     signals: OwnedFd,
     data: DataDirectory,
     cgroups: Hierarchy,
-    address: SocketAddr,
+    address: Option<SocketAddr>,
     tcp: Vec<OwnedFd>,
     admin: Admin,
     daemon: Option<Daemon>,
@@ -272,17 +272,18 @@ impl Keeper {
         for missing in cgroups.missing() {
             (settings.log)(&format!("control groups here have no {missing}: instances run without it"));
         }
-        let (Tcp { address, sockets: tcp }, admin) =
-            match listen::tcp(settings.listen).and_then(|tcp| Ok((tcp, listen::admin(&settings.admin)?))) {
-                Ok(listening) => listening,
-                Err(error) => {
-                    // Both errors are told: the first is the one to act on.
-                    if let Err(left) = cgroups.close() {
-                        (settings.log)(&format!("a control group remains: {left}"));
-                    }
-                    return Err(error);
+        let tcp = settings.listen.map(listen::tcp).transpose();
+        let (tcp, admin) = match tcp.and_then(|tcp| Ok((tcp, listen::admin(&settings.admin)?))) {
+            Ok(listening) => listening,
+            Err(error) => {
+                // Both errors are told: the first is the one to act on.
+                if let Err(left) = cgroups.close() {
+                    (settings.log)(&format!("a control group remains: {left}"));
                 }
-            };
+                return Err(error);
+            }
+        };
+        let (address, tcp) = tcp.map_or((None, Vec::new()), |Tcp { address, sockets }| (Some(address), sockets));
         Ok(Self {
             settings,
             user,
