@@ -12,7 +12,7 @@ use funtainer_engine::backend::{
     Backend, Exec, ExecStarted, ImageSummary, Left, Prepared, ProgressSink, Resolve, SignalTarget, Start, Started,
 };
 use funtainer_image::StoreError;
-use funtainer_model::{ErrorCode, Failure, FunctionId, ImageRef, InstanceId, RevisionId, StopSignal};
+use funtainer_model::{ErrorCode, Failure, FunctionId, ImageRef, InstanceId, Limits, RevisionId, StopSignal};
 use funtainer_sandbox::fds::Fds;
 use funtainer_sandbox::protocol::{ExitRecord, Reply, Request};
 use futures_util::future::join_all;
@@ -25,6 +25,7 @@ use crate::images::Images;
 use crate::instance::{Begun, Instances};
 use crate::link::{Answer, Event, Link, LinkError};
 use crate::logs::{Logs, Stream};
+use crate::machine;
 use crate::readiness::{self, Wanted};
 use crate::revision::Revisions;
 use crate::sockets::{Connector, Sockets};
@@ -141,6 +142,10 @@ impl Backend for LocalBackend {
         progress: ProgressSink,
     ) -> BoxFuture<'a, Result<Prepared, Failure>> {
         Box::pin(async move { self.shared.images.prepare(image, how, &progress).await })
+    }
+
+    fn warnings(&self, limits: &Limits) -> Vec<String> {
+        machine::warnings(limits)
     }
 
     fn start(&self, start: Start) -> BoxFuture<'_, Result<Started, Failure>> {

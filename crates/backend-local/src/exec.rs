@@ -71,7 +71,7 @@ impl Execs {
 }
 
 fn report(status: Option<i32>) -> ExitReport {
-    instance::report(ExitRecord { status, out_of_memory: false, memory_peak: 0, cpu_us: 0 }, Bytes::new())
+    instance::report(ExitRecord { status, out_of_memory: false, writable_full: false, memory_peak: 0, cpu_us: 0 }, Bytes::new())
 }
 
 /// Why a command does not run.

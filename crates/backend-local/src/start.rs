@@ -350,6 +350,11 @@ fn init_failure(program: &str, step: InitStep, error: &io::Error) -> Failure {
             Failure::new(ErrorCode::ImageInvalid, format!("the working directory of the image cannot be entered: {error}"))
                 .with_hint("check WORKDIR of the image")
         }
+        (InitStep::Volumes, _) => Failure::new(
+            ErrorCode::ImageInvalid,
+            format!("a volume of the image, or a tmpfs, cannot be put in its place: {error}"),
+        )
+        .with_hint("check VOLUME of the image, and --tmpfs: each must lead to a directory of the image, or to nothing"),
         (InitStep::Mounts, Some(Errno::NOTDIR | Errno::LOOP)) => Failure::new(
             ErrorCode::ImageInvalid,
             "one of /dev, /proc and /sys of the image is no directory, so that nothing can be mounted there",
@@ -360,7 +365,8 @@ fn init_failure(program: &str, step: InitStep, error: &io::Error) -> Failure {
 
 fn exit_failure(report: &ExitReport) -> Failure {
     if report.out_of_memory {
-        return Failure::new(ErrorCode::OutOfMemory, "the function was killed for its memory before it was ready");
+        let detail = format!("the function was killed for its memory before it was ready{}", report.usage());
+        return Failure::new(ErrorCode::OutOfMemory, detail);
     }
     let how = match report.exit {
         Exit::Code(code) => format!("the function ended with exit code {code} before it was ready"),
@@ -373,7 +379,8 @@ fn exit_failure(report: &ExitReport) -> Failure {
         "" => how,
         tail => format!("{how}: {tail}"),
     };
-    Failure::new(ErrorCode::InstanceExited, detail)
+    let failure = Failure::new(ErrorCode::InstanceExited, detail);
+    if report.writable_full { failure.with_hint(ExitReport::WRITABLE_FULL_HINT) } else { failure }
 }
 
 fn timeout_failure(after: Duration, told: u16, seen: &[u16]) -> Failure {

@@ -10,6 +10,9 @@ use crate::ByteSize;
 
 /// Least memory that a sandbox with its page tables and writable layer starts in.
 const MEMORY_MIN: ByteSize = ByteSize::mebibytes(4);
+/// Most memory, and most room of a writable layer: more than machines have, and little enough for the kernel's counters. What is above it
+/// is a slip.
+const MEMORY_MAX: ByteSize = ByteSize::bytes(16 << 40);
 /// Least room of a writable layer: its directories need a page each.
 const WRITABLE_MIN: ByteSize = ByteSize::mebibytes(1);
 /// Range of `cpu.weight` (Linux, Documentation/admin-guide/cgroup-v2.rst).
@@ -119,6 +122,14 @@ pub enum IsolationError {
     /// Too little room for a writable layer.
     #[error("a writable layer of {0} is too little, the least is {WRITABLE_MIN}")]
     Writable(ByteSize),
+    /// More memory than there can be.
+    #[error("{what} of {size} is too much, the most is {MEMORY_MAX}")]
+    TooLarge {
+        /// The setting.
+        what: &'static str,
+        /// Its value.
+        size: ByteSize,
+    },
     /// No number of processors.
     #[error("'{0}' is no number of processors: write a decimal number from 0.01 up, such as 0.5 or 2")]
     Cpus(String),
@@ -137,6 +148,9 @@ pub enum IsolationError {
     /// No file system in memory.
     #[error("'{0}' is no tmpfs: write an absolute path without '..', and a size behind a colon if you like, such as /tmp:64M")]
     Tmpfs(String),
+    /// A place of the platform's.
+    #[error("no tmpfs can be at {0}: /dev, /proc and /sys are the platform's; only the size of /dev/shm can be set")]
+    TmpfsReserved(String),
     /// One place for two.
     #[error("two tmpfs are wanted at {0}")]
     TmpfsTwice(String),
@@ -191,6 +205,11 @@ impl Limits {
         }
         if let Some(writable) = self.writable.filter(|writable| *writable < WRITABLE_MIN) {
             return Err(IsolationError::Writable(writable));
+        }
+        for (what, size) in [("memory", Some(self.memory)), ("a writable layer", self.writable)] {
+            if let Some(size) = size.filter(|size| *size > MEMORY_MAX) {
+                return Err(IsolationError::TooLarge { what, size });
+            }
         }
         let within = |what, actual: u32, min: u32, max: u32| {
             if (min..=max).contains(&actual) {
@@ -273,12 +292,15 @@ impl Isolation {
 }
 
 impl TmpfsMount {
-    /// A file system at an absolute path; with as much room as the instance has memory, where no size is given.
+    /// A file system at an absolute path, `/dev/shm` among them but nothing else in `/dev`, `/proc` and `/sys`; with as much room as the instance has memory, where no size is given.
     pub fn new(path: &str, size: Option<ByteSize>) -> Result<Self, IsolationError> {
         let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
         let fine = path.starts_with('/') && path.len() <= PATH_BYTES_MAX && !path.contains('\0');
         if !fine || parts.is_empty() || parts.contains(&"..") || size.is_some_and(|size| size.as_bytes() == 0) {
             return Err(IsolationError::Tmpfs(path.to_owned()));
+        }
+        if matches!(parts[0], "dev" | "proc" | "sys") && parts != ["dev", "shm"] {
+            return Err(IsolationError::TmpfsReserved(path.to_owned()));
         }
         Ok(Self { path: format!("/{}", parts.join("/")), size })
     }
@@ -303,7 +325,10 @@ impl FromStr for TmpfsMount {
             None => Self::new(text, None),
             Some((path, size)) => Self::new(path, Some(size.parse().map_err(|_| wrong())?)),
         }
-        .map_err(|_| wrong())
+        .map_err(|error| match error {
+            IsolationError::Tmpfs(_) => wrong(),
+            other => other,
+        })
     }
 }
 
@@ -457,7 +482,9 @@ mod tests {
             ("/var/tmp/x", "64M".parse().ok(), "/var/tmp/x:64M")
         );
         assert_eq!("/tmp".parse::<TmpfsMount>().unwrap().size(), None);
-        for wrong in ["", "/", "tmp", "/a/../b", "/tmp:", "/tmp:much", "/tmp:0"] {
+        assert_eq!("/dev/shm:1G".parse::<TmpfsMount>().unwrap().path(), "/dev/shm");
+        assert_eq!("/device".parse::<TmpfsMount>().unwrap().path(), "/device");
+        for wrong in ["", "/", "tmp", "/a/../b", "/tmp:", "/tmp:much", "/tmp:0", "/dev", "/dev/x", "/proc/1:1M", "/./sys/"] {
             assert!(wrong.parse::<TmpfsMount>().is_err(), "{wrong}");
         }
         let twice = Isolation { tmpfs: vec!["/a".parse().unwrap(), "/a/:1M".parse().unwrap()], ..Isolation::default() };
@@ -492,12 +519,15 @@ mod tests {
     #[test]
     fn limits_have_bounds() {
         Limits::default().check().unwrap();
+        Limits { memory: "16T".parse().unwrap(), ..Limits::default() }.check().unwrap();
         let refused = |change: fn(&mut Limits)| {
             let mut limits = Limits::default();
             change(&mut limits);
             assert!(limits.check().is_err(), "{limits:?}");
         };
         refused(|limits| limits.memory = ByteSize::bytes(1));
+        refused(|limits| limits.memory = "99999G".parse().unwrap());
+        refused(|limits| limits.writable = "17T".parse().ok());
         refused(|limits| limits.cpu_weight = 0);
         refused(|limits| limits.cpu_weight = 10_001);
         refused(|limits| limits.pids = 1);

@@ -19,6 +19,7 @@ mod jail;
 mod layers;
 mod link;
 mod listen;
+mod platform;
 mod requests;
 mod resident;
 mod zygotes;
@@ -35,11 +36,12 @@ use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
-use rustix::process::Resource;
+use rustix::process::{Resource, Rlimit};
 
 use crate::cgroup::{CgroupError, Hierarchy, Layout};
 use crate::clone::{Cloned, clone3};
-use crate::mount::{self, Missing};
+use crate::executable::Executable;
+use crate::mount::{self, Features, Missing, Mounts};
 use crate::protocol::{MESSAGE_BYTES_MAX, Reply, number_of};
 use crate::signals::{self, SignalSet};
 use crate::step::{StepError, at};
@@ -67,6 +69,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(5);
 const DEATHS_MAX: u32 = 10;
 /// Messages of one peer handled before the others get their turn.
 const TURN_MESSAGES: usize = 32;
+/// Most open files that an instance can ask for (`fs.nr_open` as the kernel starts with it).
+const OPEN_FILES_MAX: u64 = 1_048_576;
 /// Events taken from the kernel at once.
 const EVENTS: usize = 64;
 
@@ -87,6 +91,8 @@ pub struct KeeperSettings {
     pub data: PathBuf,
     /// Command line of the daemon, which is this program again: `funtainer daemon`. `--listeners N` is put behind it.
     pub daemon: Vec<OsString>,
+    /// The newest ways to mount that are tried: [`Features::NEWEST`]; a test can ask for those of an older kernel.
+    pub mounts: Features,
     /// Told once, when the first daemon accepts calls, with the address that was bound.
     pub announce: fn(Option<SocketAddr>),
     /// Told what an operator should know, as one line without its end.
@@ -206,6 +212,7 @@ struct Respawn {
 
 struct Keeper {
     settings: KeeperSettings,
+    executable: Executable,
     user: DaemonUser,
     title: Title,
     epoll: OwnedFd,
@@ -222,6 +229,7 @@ struct Keeper {
     announced: bool,
     /// Since when the keeper is asked to stop.
     stopping: Option<Instant>,
+    mounts: Mounts,
     layers: Layers,
     zygotes: Zygotes,
     instances: Instances,
@@ -231,10 +239,12 @@ struct Keeper {
     buffer: Vec<u8>,
 }
 
-/// Runs the keeper until it is asked to stop (SIGTERM, SIGINT) or cannot go on. Must be called before any thread is started.
+/// Runs the keeper until it is asked to stop (SIGTERM, SIGINT) or cannot go on. Must be called before any thread is started, and before
+/// anything is opened: the program is executed anew once, with the same arguments, from a place that images cannot reach.
 /// Everything it made is gone afterwards.
 pub fn run(settings: KeeperSettings) -> Result<Ended, KeeperError> {
-    let mut keeper = Keeper::open(settings)?;
+    let executable = Executable::settle()?;
+    let mut keeper = Keeper::open(settings, executable)?;
     let ended = keeper.serve();
     // Both errors are kept: that of the work is returned, that of the clean-up is logged where it happens.
     keeper.close();
@@ -242,7 +252,7 @@ pub fn run(settings: KeeperSettings) -> Result<Ended, KeeperError> {
 }
 
 impl Keeper {
-    fn open(settings: KeeperSettings) -> Result<Self, KeeperError> {
+    fn open(settings: KeeperSettings, executable: Executable) -> Result<Self, KeeperError> {
         if !rustix::process::geteuid().is_root() {
             let reason = "the sandbox is made by root: run `funtainer serve` with sudo".to_owned();
             return Err(KeeperError::Missing(Missing { feature: "root", reason }));
@@ -254,9 +264,7 @@ impl Keeper {
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
         let user = DaemonUser::find();
         let data = DataDirectory::open(&settings.data, user)?;
-        if let Some(missing) = mount::probe(data.layers.as_fd()).into_iter().next() {
-            return Err(KeeperError::Missing(missing));
-        }
+        let mounts = Mounts::probe(data.layers.as_fd(), settings.mounts).map_err(KeeperError::Missing)?;
         // SIGIO says that a lease is being broken, which is looked at where it matters; its default would end the process.
         let handled = SignalSet::of(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGIO]);
         signals::set_mask(&handled).map_err(at("block signals"))?;
@@ -268,9 +276,22 @@ impl Keeper {
         unsafe { title.set(b"funtainer serve") };
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(at("make an epoll"))?;
         epoll::add(&epoll, &signals, EventData::new_u64(TOKEN_SIGNALS), EventFlags::IN).map_err(at("watch signals"))?;
-        let cgroups = Hierarchy::open(&Layout::detect()?, &format!("funtainer-{}", data.id))?;
+        let name = format!("funtainer-{}", data.id);
+        let settled = Layout::detect()?.settle(&name);
+        for note in &settled.notes {
+            (settings.log)(note);
+        }
+        let cgroups = Hierarchy::open(&settled.layout, &name)?;
         for missing in cgroups.missing() {
             (settings.log)(&format!("control groups here have no {missing}: instances run without it"));
+        }
+        match mounts.left_from_before(data.layers.as_fd()) {
+            Ok(devices) if devices.is_empty() => {}
+            Ok(devices) => (settings.log)(&format!(
+                "loop devices {devices:?} still have layers of an earlier server, since somebody holds mounts of them: each is free when its \
+                 last user ends"
+            )),
+            Err(error) => (settings.log)(&format!("loop devices of an earlier server cannot be looked for: {error}")),
         }
         let tcp = settings.listen.map(listen::tcp).transpose();
         let (tcp, admin) = match tcp.and_then(|tcp| Ok((tcp, listen::admin(&settings.admin)?))) {
@@ -286,6 +307,7 @@ impl Keeper {
         let (address, tcp) = tcp.map_or((None, Vec::new()), |Tcp { address, sockets }| (Some(address), sockets));
         Ok(Self {
             settings,
+            executable,
             user,
             title,
             epoll,
@@ -300,6 +322,7 @@ impl Keeper {
             respawn: Respawn { deaths: 0, at: Some(Instant::now()) },
             announced: false,
             stopping: None,
+            mounts,
             layers: Layers::default(),
             zygotes: Zygotes::default(),
             instances: Instances::default(),
@@ -408,6 +431,7 @@ impl Keeper {
         let birth = Birth {
             data: data.as_fd(),
             user: self.user,
+            executable: &self.executable,
             argv: &argv,
             control: theirs.as_fd(),
             admin: self.admin.socket.as_fd(),
@@ -587,9 +611,15 @@ impl Keeper {
     }
 }
 
-/// An instance costs the keeper some descriptors, and the usual soft limit of 1,024 is for programs that use select(2).
+/// An instance costs the keeper some descriptors, and the usual soft limit of 1,024 is for programs that use select(2). The hard limit is raised
+/// as far as instances may ask for, where that is allowed (CAP_SYS_RESOURCE): theirs cannot be above it.
 fn raise_descriptors() -> Result<(), Errno> {
-    let mut limit = rustix::process::getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    rustix::process::setrlimit(Resource::Nofile, limit)
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.map(|maximum| maximum.max(OPEN_FILES_MAX));
+    match rustix::process::setrlimit(Resource::Nofile, Rlimit { current: wanted, maximum: wanted }) {
+        Err(Errno::PERM) => {
+            rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
+        }
+        other => other,
+    }
 }

@@ -8,6 +8,7 @@ pub mod cgroup;
 mod clone;
 pub mod daemon;
 mod exec;
+mod executable;
 pub mod fds;
 mod init;
 pub mod keeper;

@@ -149,7 +149,9 @@ impl Session {
                     streams::bytes(&mut stderr, &bytes).await?;
                 }
                 // What the command itself says is not to drown in what is no news.
-                Some(Frame::Progress(step)) if matches!(step, Progress::Layer { .. }) => self.show.step(&step),
+                Some(Frame::Progress(step)) if matches!(step, Progress::Layer { .. } | Progress::Warning { .. }) => {
+                    self.show.step(&step)
+                }
                 Some(Frame::Progress(_)) => {}
                 Some(Frame::End(end)) => return Ok(Ended::Command(end)),
                 Some(Frame::Stdin(_) | Frame::StdinEnd | Frame::Resize(_) | Frame::Signal(_)) => {

@@ -262,7 +262,7 @@ async fn server(program: String, mut stream: TcpStream) {
 }
 
 fn report(exit: Exit) -> ExitReport {
-    ExitReport { exit, out_of_memory: false, memory_peak: None, cpu_us: None, stderr_tail: Bytes::new() }
+    ExitReport { exit, out_of_memory: false, writable_full: false, memory_peak: None, cpu_us: None, stderr_tail: Bytes::new() }
 }
 
 /// Reads a line from a terminal and writes it back with the terminal's size.
@@ -295,7 +295,14 @@ fn command(program: &str, stderr: Option<mpsc::Sender<Bytes>>, phases: StartPhas
         };
         drop((stdin, stdout));
         let stderr_tail = if fails { Bytes::from_static(b"it went wrong\n") } else { Bytes::new() };
-        let report = ExitReport { exit: Exit::Code(code), out_of_memory: false, memory_peak: None, cpu_us: None, stderr_tail };
+        let report = ExitReport {
+            exit: Exit::Code(code),
+            out_of_memory: false,
+            writable_full: false,
+            memory_peak: None,
+            cpu_us: None,
+            stderr_tail,
+        };
         ended.send_replace(Some(report));
     });
     Started { pid: 4712, phases, access: Access::Streams { stdin: stdin.into(), stdout: stdout.into() }, exit }

@@ -15,9 +15,11 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
+use super::instances::{Leftover, cgroup_refusal};
 use super::layers::{Lent, refusal};
 use super::link::{Fault, Link};
-use super::{Keeper, Requester, TOKEN_ZYGOTES, TURN_MESSAGES};
+use super::{Keeper, Requester, TOKEN_ZYGOTES, TURN_MESSAGES, platform};
+use crate::cgroup::Nest;
 use crate::orders::{DATAGRAM_BYTES, Order, Report};
 use crate::protocol::{Refusal, Reply, RevisionSpec, Streams};
 use crate::step::StepError;
@@ -55,6 +57,8 @@ pub(super) struct Zygote {
     pub(super) streams: Streams,
     pub(super) limits: Limits,
     pub(super) layers: Lent,
+    /// Where its control groups and those of its instances are.
+    pub(super) nest: Nest,
     pid: i32,
     pidfd: OwnedFd,
     link: Link,
@@ -224,7 +228,7 @@ impl Keeper {
         let base = RANGES_BASE + slot * userns::IDS;
         let key = self.zygotes.next_key;
         match self.fork_zygote(key, base, title, spec) {
-            Ok((Forked { pid, pidfd }, link, layers)) => {
+            Ok((Forked { pid, pidfd }, link, layers, nest)) => {
                 self.zygotes.next_key += 1;
                 let now = Instant::now();
                 let zygote = Zygote {
@@ -234,6 +238,7 @@ impl Keeper {
                     streams: spec.streams,
                     limits: spec.limits,
                     layers,
+                    nest,
                     pid,
                     pidfd,
                     link,
@@ -256,15 +261,28 @@ impl Keeper {
         }
     }
 
-    fn fork_zygote(&mut self, key: u64, base: u32, name: &str, spec: &RevisionSpec) -> Result<(Forked, Link, Lent), Refusal> {
+    fn fork_zygote(
+        &mut self,
+        key: u64,
+        base: u32,
+        name: &str,
+        spec: &RevisionSpec,
+    ) -> Result<(Forked, Link, Lent, Nest), Refusal> {
         let failed = |step| move |errno| refusal(StepError { step, errno });
         let (ours, theirs) = fds::pair().map_err(failed("make a zygote's socket"))?;
-        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd() };
+        let nest = self.cgroups.nest(&format!("zygote-{key}"), base).map_err(|error| cgroup_refusal(&error))?;
+        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd(), group: nest.cradle() };
         // SAFETY: the keeper has one thread, as was checked at its start.
-        let forked = unsafe { zygote::fork(&plan) }.map_err(failed("clone a zygote"))?;
+        let forked = match unsafe { zygote::fork(&plan) } {
+            Ok(forked) => forked,
+            Err(errno) => {
+                self.instances.release(Leftover::Zygote(nest));
+                return Err(failed("clone a zygote")(errno));
+            }
+        };
         let equipped = self.equip_zygote(&forked, base, spec, ours, key);
         match equipped {
-            Ok((link, layers)) => Ok((forked, link, layers)),
+            Ok((link, layers)) => Ok((forked, link, layers, nest)),
             Err(error) => {
                 // It waits for its first order, so that it dies at once.
                 let _ = fds::pidfd_signal(forked.pidfd.as_fd(), libc::SIGKILL);
@@ -272,6 +290,7 @@ impl Keeper {
                 if let Err(errno) = fds::pidfd_reap(forked.pidfd.as_fd(), true) {
                     self.log(&format!("a zygote (pid {}) cannot be reaped: {errno}", forked.pid));
                 }
+                self.instances.release(Leftover::Zygote(nest));
                 Err(error)
             }
         }
@@ -290,7 +309,8 @@ impl Keeper {
         let path = format!("/proc/{}/ns/user", forked.pid);
         let ids = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| refusal(StepError { step: "open a user namespace", errno }))?;
-        let layers = self.layers.lend(self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
+        let mut layers = self.layers.lend(&self.mounts, self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
+        layers.cover(self.mounts.platform(layers.mapped(), base, &platform::files(spec)).map_err(refusal)?);
         let failed = |errno| refusal(StepError { step: "watch a zygote", errno });
         let token = TOKEN_ZYGOTES + 2 * key;
         epoll::add(&self.epoll, &forked.pidfd, EventData::new_u64(token + 1), EventFlags::IN).map_err(failed)?;
@@ -397,7 +417,7 @@ impl Keeper {
             Report::SpawnFailed { instance, errno, step } => {
                 self.instance_not_spawned(key, instance, Refusal::System { step, errno })?;
             }
-            Report::Exited { instance, status } => self.instance_exited(key, instance, status)?,
+            Report::Exited { instance, end } => self.instance_exited(key, instance, end)?,
             Report::ExecSpawned(exec) => self.exec_spawned(key, exec)?,
             Report::ExecNotSpawned { exec, errno: libc::ESRCH, .. } => {
                 self.exec_not_spawned(key, exec, Refusal::NoInstance)?;
@@ -445,6 +465,7 @@ impl Keeper {
         }
         self.execs_lost(key);
         self.instances_lost(key);
+        self.instances.release(Leftover::Zygote(zygote.nest));
         self.event(&Reply::RevisionEnded { revision: zygote.revision });
     }
 

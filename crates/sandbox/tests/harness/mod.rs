@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use funtainer_model::{ByteSize, Digest, ExecId, InstanceId, Isolation, LayerId, Limits, RevisionId, StopSignal};
 use funtainer_sandbox::fds;
+use funtainer_sandbox::mount::{Features, Mounts};
 use funtainer_sandbox::protocol::{
     ExecSpec, ExitRecord, InitMessage, MESSAGE_BYTES_MAX, Refusal, Reply, Request, RevisionSpec, SocketCounts, Streams,
     WindowSize,
@@ -507,7 +508,7 @@ pub fn busybox_image() -> &'static Path {
         fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
         for applet in [
             "sh", "cat", "sleep", "id", "echo", "ls", "mkdir", "mount", "ps", "true", "false", "kill", "nc", "wc", "dd", "env",
-            "pwd", "readlink", "stty", "tty",
+            "pwd", "readlink", "stat", "stty", "touch", "tty",
         ] {
             std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
@@ -521,7 +522,14 @@ pub fn busybox_image() -> &'static Path {
         script("connections", "#!/bin/sh\ncat /proc/net/tcp\n");
         script("garbage", "\u{1}\u{2}\u{3}");
         std::os::unix::fs::symlink("/proc/self/fd", root.join("etc/fds")).unwrap();
-        let made = Command::new("mkfs.erofs").args(["-T0", "--all-root"]).arg(root.join("../new")).arg(root).output();
+        std::os::unix::fs::symlink("../home/resolver", root.join("etc/resolv.conf")).unwrap();
+        fs::create_dir(root.join("data")).unwrap();
+        fs::write(root.join("data/seed"), "from the image").unwrap();
+        std::os::unix::fs::chown(root.join("data"), Some(1000), Some(100)).unwrap();
+        for (name, target) in [("to-root", "/"), ("to-proc", "/proc"), ("to-nothing", "nowhere/at/all"), ("to-data", "data")] {
+            std::os::unix::fs::symlink(target, root.join(name)).unwrap();
+        }
+        let made = Command::new("mkfs.erofs").args(["-T0"]).arg(root.join("../new")).arg(root).output();
         let made = made.expect("erofs-utils is installed");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         // In one step: another test program may be at the same.
@@ -577,4 +585,21 @@ pub fn traces(server: &Server, zygote: i32) -> Vec<usize> {
     ];
     traces.extend(cgroups(&id).iter().map(|path| directories(path)));
     traces
+}
+
+/// Makes `keeper_host` mount in the ways of the oldest kernels.
+const OLDEST: &str = "KEEPER_HOST_OLDEST";
+
+/// Runs the tests of this program again, those whose names contain one of `names` (none: all), with a keeper that mounts in the ways of the
+/// oldest kernels. `caller` is the test that calls this. Nothing where the kernel has no other ways.
+pub fn again_in_the_oldest_ways(caller: &str, names: &[&str]) {
+    let store = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let store = fs::File::open(store.path()).unwrap();
+    if Mounts::probe(store.as_fd(), Features::NEWEST).unwrap().features() == Features::OLDEST {
+        return;
+    }
+    let again =
+        Command::new(std::env::current_exe().unwrap()).args(["--skip", caller]).args(names).env(OLDEST, "1").output().unwrap();
+    let text = String::from_utf8_lossy(&again.stdout);
+    assert!(again.status.success() && !text.contains("running 0 tests"), "{text}{}", String::from_utf8_lossy(&again.stderr));
 }
