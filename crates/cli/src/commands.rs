@@ -1,9 +1,12 @@
 //! The commands that ask a server.
 
 mod doctor;
+mod exec;
 mod image;
 mod invoke;
+mod private;
 mod run;
+mod session;
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -18,7 +21,7 @@ use crate::progress::{Show, size};
 use crate::{client, streams};
 
 pub(crate) use doctor::doctor;
-pub(crate) use run::exit_of;
+pub(crate) use session::exit_of;
 
 /// What a request without body has for one.
 const NO_BODY: Option<&()> = None;
@@ -28,7 +31,8 @@ pub(crate) async fn run(host: &Host, form: Output, command: Command) -> anyhow::
     match command {
         Command::Deploy(deploy) => self::deploy(host, form, *deploy).await?,
         Command::Invoke(invoke) => return invoke::invoke(host, form, invoke).await,
-        Command::Run(run) => return run::run(host, run).await,
+        Command::Run(run) => return run::run(host, *run).await,
+        Command::Exec(exec) => return exec::exec(host, exec).await,
         Command::List => list(host, form).await?,
         Command::Describe(named) => streams::json(&function(host, &named.name).await?)?,
         Command::Logs(logs) => self::logs(host, logs).await?,
