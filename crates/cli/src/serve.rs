@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use funtainer_sandbox::keeper::{self, KeeperSettings};
+use funtainer_sandbox::mount::Features;
 
 use crate::args::Serve;
 
@@ -15,6 +16,7 @@ pub(crate) fn serve(serve: Serve) -> anyhow::Result<ExitCode> {
         admin: serve.admin,
         data: serve.data,
         daemon: vec!["funtainer".into(), "daemon".into()],
+        mounts: Features::NEWEST,
         announce,
         log,
     };

@@ -206,7 +206,7 @@ fn set_up(
     let privileges = at(InitStep::Privileges);
     // Not 0, which a piped core_pattern ignores (core(5)); no core fits into one byte.
     rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(1), maximum: Some(1) }).map_err(&privileges)?;
-    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable).map_err(&privileges)?;
+    userns::not_dumpable().map_err(during(InitStep::Privileges))?;
     userns::drop_bounding(userns::KEPT).map_err(during(InitStep::Privileges))?;
     userns::no_new_privs().map_err(during(InitStep::Privileges))?;
     prepared.filter.install().map_err(during(InitStep::Seccomp))?;
@@ -399,6 +399,9 @@ fn change(child: &Child<'_>) -> Result<(), Failed> {
     userns::become_user(prepared.uid, prepared.gid, &prepared.groups).map_err(during(InitStep::Privileges))?;
     let kept = if prepared.uid.is_root() { userns::KEPT } else { CapabilitySet::empty() };
     userns::set_capabilities(kept).map_err(during(InitStep::Privileges))?;
+    // Again: a change of ids sets what the sysctl fs.suid_dumpable says. It is the init's memory too, and other processes of the image may
+    // look at this one already.
+    userns::not_dumpable().map_err(during(InitStep::Privileges))?;
     signals::set_mask(&SignalSet::empty()).map_err(&privileges)
 }
 

@@ -38,7 +38,8 @@ use rustix::process::Resource;
 
 use crate::cgroup::{CgroupError, Hierarchy, Layout};
 use crate::clone::{Cloned, clone3};
-use crate::mount::{self, Missing};
+use crate::executable::Executable;
+use crate::mount::{self, Features, Missing, Mounts};
 use crate::protocol::{MESSAGE_BYTES_MAX, Reply, number_of};
 use crate::signals::{self, SignalSet};
 use crate::step::{StepError, at};
@@ -85,6 +86,8 @@ pub struct KeeperSettings {
     pub data: PathBuf,
     /// Command line of the daemon, which is this program again: `funtainer daemon`. `--listeners N` is put behind it.
     pub daemon: Vec<OsString>,
+    /// The newest ways to mount that are tried: [`Features::NEWEST`]; a test can ask for those of an older kernel.
+    pub mounts: Features,
     /// Told once, when the first daemon accepts calls.
     pub announce: fn(SocketAddr),
     /// Told what an operator should know, as one line without its end.
@@ -204,6 +207,7 @@ struct Respawn {
 
 struct Keeper {
     settings: KeeperSettings,
+    executable: Executable,
     user: DaemonUser,
     title: Title,
     epoll: OwnedFd,
@@ -220,6 +224,7 @@ struct Keeper {
     announced: bool,
     /// Since when the keeper is asked to stop.
     stopping: Option<Instant>,
+    mounts: Mounts,
     layers: Layers,
     zygotes: Zygotes,
     instances: Instances,
@@ -228,10 +233,12 @@ struct Keeper {
     buffer: Vec<u8>,
 }
 
-/// Runs the keeper until it is asked to stop (SIGTERM, SIGINT) or cannot go on. Must be called before any thread is started.
+/// Runs the keeper until it is asked to stop (SIGTERM, SIGINT) or cannot go on. Must be called before any thread is started, and before
+/// anything is opened: the program is executed anew once, with the same arguments, from a place that images cannot reach.
 /// Everything it made is gone afterwards.
 pub fn run(settings: KeeperSettings) -> Result<Ended, KeeperError> {
-    let mut keeper = Keeper::open(settings)?;
+    let executable = Executable::settle()?;
+    let mut keeper = Keeper::open(settings, executable)?;
     let ended = keeper.serve();
     // Both errors are kept: that of the work is returned, that of the clean-up is logged where it happens.
     keeper.close();
@@ -239,7 +246,7 @@ pub fn run(settings: KeeperSettings) -> Result<Ended, KeeperError> {
 }
 
 impl Keeper {
-    fn open(settings: KeeperSettings) -> Result<Self, KeeperError> {
+    fn open(settings: KeeperSettings, executable: Executable) -> Result<Self, KeeperError> {
         if !rustix::process::geteuid().is_root() {
             let reason = "the sandbox is made by root: run `funtainer serve` with sudo".to_owned();
             return Err(KeeperError::Missing(Missing { feature: "root", reason }));
@@ -251,9 +258,7 @@ impl Keeper {
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
         let user = DaemonUser::find();
         let data = DataDirectory::open(&settings.data, user)?;
-        if let Some(missing) = mount::probe(data.layers.as_fd()).into_iter().next() {
-            return Err(KeeperError::Missing(missing));
-        }
+        let mounts = Mounts::probe(data.layers.as_fd(), settings.mounts).map_err(KeeperError::Missing)?;
         // SIGIO says that a lease is being broken, which is looked at where it matters; its default would end the process.
         let handled = SignalSet::of(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGIO]);
         signals::set_mask(&handled).map_err(at("block signals"))?;
@@ -269,6 +274,14 @@ impl Keeper {
         for missing in cgroups.missing() {
             (settings.log)(&format!("control groups here have no {missing}: instances run without it"));
         }
+        match mounts.left_from_before(data.layers.as_fd()) {
+            Ok(devices) if devices.is_empty() => {}
+            Ok(devices) => (settings.log)(&format!(
+                "loop devices {devices:?} still have layers of an earlier server, since somebody holds mounts of them: each is free when its \
+                 last user ends"
+            )),
+            Err(error) => (settings.log)(&format!("loop devices of an earlier server cannot be looked for: {error}")),
+        }
         let (Tcp { address, sockets: tcp }, admin) =
             match listen::tcp(settings.listen).and_then(|tcp| Ok((tcp, listen::admin(&settings.admin)?))) {
                 Ok(listening) => listening,
@@ -282,6 +295,7 @@ impl Keeper {
             };
         Ok(Self {
             settings,
+            executable,
             user,
             title,
             epoll,
@@ -296,6 +310,7 @@ impl Keeper {
             respawn: Respawn { deaths: 0, at: Some(Instant::now()) },
             announced: false,
             stopping: None,
+            mounts,
             layers: Layers::default(),
             zygotes: Zygotes::default(),
             instances: Instances::default(),
@@ -403,6 +418,7 @@ impl Keeper {
         let birth = Birth {
             data: data.as_fd(),
             user: self.user,
+            executable: &self.executable,
             argv: &argv,
             control: theirs.as_fd(),
             admin: self.admin.socket.as_fd(),

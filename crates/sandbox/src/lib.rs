@@ -7,6 +7,7 @@
 pub mod cgroup;
 mod clone;
 pub mod daemon;
+mod executable;
 pub mod fds;
 mod init;
 pub mod keeper;

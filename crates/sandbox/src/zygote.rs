@@ -159,6 +159,8 @@ struct Zygote<'a> {
 impl<'a> Zygote<'a> {
     fn set_up(plan: &Plan<'_>, socket: BorrowedFd<'a>) -> Result<Self, StepError> {
         userns::become_root()?;
+        // With all that are forked from here: nobody below opens their `/proc/PID/exe`, memory or descriptors.
+        userns::not_dumpable()?;
         signals::reset_actions();
         let children = SignalSet::of(&[libc::SIGCHLD]);
         signals::set_mask(&SignalSet::all()).map_err(at("block signals"))?;

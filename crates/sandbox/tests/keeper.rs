@@ -53,7 +53,7 @@ fn the_daemon_is_nobody_and_sees_little() {
     let _client = server.client();
     let pid = daemon(&server);
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    for line in ["CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1", "Groups:\t \n"] {
+    for line in ["CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1", "Groups:\t \n", "Seccomp:\t2"] {
         assert!(status.contains(line), "{line} in {status}");
     }
     assert!(!status.contains("Uid:\t0"), "{status}");

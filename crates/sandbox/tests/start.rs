@@ -180,6 +180,59 @@ fn no_link_of_the_image_leads_through_a_descriptor() {
     assert_eq!(server.stop(client), Some(0));
 }
 
+/// A program whose interpreter is the link to the file of whoever executes it: at that moment, the keeper's (CVE-2019-5736).
+#[test]
+fn no_program_is_interpreted_by_the_keepers_file() {
+    let (mut server, mut client) = ready();
+    let links = ["/proc/self/exe", "/proc/thread-self/exe", "/proc/1/exe", "/proc/self/fd/3", "/proc/1/fd/3"];
+    let files = links.iter().enumerate().flat_map(|(index, link)| {
+        let file = |name: &str, content| FileSpec { path: format!("/{name}{index}").into_bytes(), mode: 0o755, content };
+        [file("script", format!("#!{link}\n").into_bytes()), file("elf", interpreted(link))]
+    });
+    let files: Vec<FileSpec> = files.collect();
+    for (number, file) in (0..).zip(&files) {
+        let name = String::from_utf8(file.path.clone()).unwrap();
+        let wanted = RevisionSpec { files: vec![file.clone()], ..spec(&[&name]) };
+        assert_eq!(client.open(revision(number), wanted), Reply::Done);
+        let started = client.start(revision(number), instance(number)).unwrap();
+        let (last, _) = started.executed();
+        let InitMessage::ExecFailed { step: InitStep::Exec, errno } = last else { panic!("{name}: {last:?}") };
+        // The keeper's file is there and closed; so is all of pid 1; descriptors are gone.
+        let expect = if name.ends_with('3') { Errno::NOENT } else { Errno::ACCESS };
+        assert_eq!(Errno::from_raw_os_error(errno), expect, "{name}");
+        client.exit_of(instance(number));
+    }
+    assert_eq!(server.stop(client), Some(0));
+}
+
+/// The smallest ELF file that has an interpreter: its header, one program header, the path.
+fn interpreted(by: &str) -> Vec<u8> {
+    let (length, machine) = (by.len() as u64 + 1, if cfg!(target_arch = "x86_64") { 62_u16 } else { 183 });
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    // ET_DYN, the machine, version; entry, program headers at 64, no section headers, flags.
+    for half in [3, machine, 1, 0] {
+        file.extend(half.to_le_bytes());
+    }
+    for word in [0_u64, 64, 0] {
+        file.extend(word.to_le_bytes());
+    }
+    file.extend(0_u32.to_le_bytes());
+    // Sizes and counts of header, program headers and section headers.
+    for half in [64_u16, 56, 1, 0, 0, 0] {
+        file.extend(half.to_le_bytes());
+    }
+    // PT_INTERP, readable; offset, two addresses, two sizes, alignment.
+    for half in [3_u32, 4] {
+        file.extend(half.to_le_bytes());
+    }
+    for word in [120_u64, 0, 0, length, length, 1] {
+        file.extend(word.to_le_bytes());
+    }
+    file.extend(by.as_bytes());
+    file.push(0);
+    file
+}
+
 #[test]
 fn the_init_gives_nothing_away() {
     let (mut server, mut client) = ready();

@@ -40,6 +40,9 @@ pub(crate) const TEST: &[Tool] = &[
     tool("runc", "runc"),
     tool("nginx", "nginx-light"),
     tool("wrk", "wrk"),
+    // libseccomp's own compiler, and Docker's profile for it (a Go module).
+    tool("/usr/share/doc/python3-seccomp", "python3-seccomp"),
+    tool("go", "golang-go"),
 ];
 
 /// For `bench`.

@@ -18,7 +18,6 @@ use super::layers::refusal;
 use super::{Keeper, Requester};
 use crate::cgroup::{CgroupError, GroupLimits, InstanceCgroup, Removal};
 use crate::fds::{self, Fds};
-use crate::mount::{self, Writable};
 use crate::orders::Order;
 use crate::protocol::{ExitRecord, Refusal, Reply, Streams};
 use crate::signals;
@@ -187,8 +186,8 @@ impl Keeper {
         let group = GroupLimits { memory_bytes: limits.memory.as_bytes(), pids_max: limits.pids };
         let cgroup = self.cgroups.create(&id.to_string(), group).map_err(|error| cgroup_refusal(&error))?;
         let made = (|| {
-            let writable = Writable::make(limits.writable_bytes(), zygote.base).map_err(refusal)?;
-            let root = mount::overlay(&zygote.layers.borrow(), &writable).map_err(refusal)?;
+            let writable = self.mounts.writable(limits.writable_bytes(), zygote.base).map_err(refusal)?;
+            let root = self.mounts.overlay(zygote.layers.mapped(), &writable).map_err(refusal)?;
             let stderr = Pipe::log()?;
             let stdout = if call.is_none() { Some(Pipe::log()?) } else { None };
             Ok((writable, root, stderr, stdout))
