@@ -52,6 +52,7 @@ pub(crate) use messages::{DATAGRAM_BYTES, Order, Plug, RESOLVERS_MAX, Report};
 use netlink::{Events, Socket};
 use range::{Addresses, collision};
 pub use range::{Range, RangeError};
+pub use resolver::can_be_asked;
 
 /// The numbers at which the socket and the data directory stand.
 const SOCKET: i32 = 3;
@@ -535,9 +536,11 @@ impl Net {
     }
 
     /// Tells something once.
-    fn say(&mut self, text: String) {
-        if self.said.len() < LATER_MAX && self.said.insert(text.clone()) {
+    fn say(&mut self, text: impl Into<String>) {
+        let text = text.into();
+        if self.said.len() < LATER_MAX && !self.said.contains(&text) {
             (self.log)(&text);
+            self.said.insert(text);
         }
     }
 

@@ -3,8 +3,8 @@
 //! ```text
 //! kind u8 │ zero u8 × 3 │ value i32 │ instance 16 bytes │ text (of SetUpFailed and SpawnFailed only, at most 96 bytes)
 //! ```
-//! Descriptors of `Spawn`: root file system, init pair, stdin where it is given, stdout, stderr, then the doors of the cgroups. `MoreSockets`: the pair.
-//! `Spawned`: the init's pidfd. The others carry none. Both sides are one process image, yet the keeper checks what it reads: a zygote
+//! Networks have numbers, the keeper's to give, from 1 on. Descriptors of `Spawn`: root file system, init pair, stdin where it is given, stdout, stderr, then the doors of the cgroups. `MoreSockets`: the pair.
+//! `Spawned`: the init's pidfd. `Network`: its handle, then a socket of rtnetlink(7) that was made in it. The others carry none. Both sides are one process image, yet the keeper checks what it reads: a zygote
 //! shares a kernel with what it started.
 
 use funtainer_model::InstanceId;
@@ -21,10 +21,14 @@ pub(crate) const DATAGRAM_BYTES: usize = FIXED_BYTES + TEXT_BYTES;
 pub(crate) enum Order {
     /// The id maps are written: set up.
     SetUp,
-    /// Start an instance.
-    Spawn(InstanceId),
+    /// Start an instance, in the network with this number; in one of its own making where it is 0.
+    Spawn { instance: InstanceId, network: u32 },
     /// Make sockets in an instance's network.
     MoreSockets(InstanceId),
+    /// Make a network ahead.
+    MakeNetwork(u32),
+    /// It is not used any more, or never will be.
+    DropNetwork(u32),
 }
 
 /// From a zygote.
@@ -42,6 +46,10 @@ pub(crate) enum Report {
     Exited { instance: InstanceId, status: i32 },
     /// The sockets are sent, or could not be made (errno).
     Sockets { instance: InstanceId, errno: i32 },
+    /// The network is there, with nothing but `lo`.
+    Network(u32),
+    /// It is not.
+    NetworkFailed { network: u32, errno: i32, step: String },
 }
 
 /// A datagram with its length.
@@ -87,23 +95,35 @@ impl<'a> Fields<'a> {
 }
 
 impl Order {
+    /// Whether a report answers it.
+    pub(crate) const fn is_answered(self) -> bool {
+        !matches!(self, Self::DropNetwork(_))
+    }
+
     pub(crate) fn encode(self) -> Datagram {
         match self {
             Self::SetUp => Datagram::new(1, 0, None, ""),
-            Self::Spawn(instance) => Datagram::new(2, 0, Some(instance), ""),
+            Self::Spawn { instance, network } => Datagram::new(2, network.cast_signed(), Some(instance), ""),
             Self::MoreSockets(instance) => Datagram::new(3, 0, Some(instance), ""),
+            Self::MakeNetwork(network) => Datagram::new(8, network.cast_signed(), None, ""),
+            Self::DropNetwork(network) => Datagram::new(9, network.cast_signed(), None, ""),
         }
     }
 
     /// `None` for what is no order.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
-        let Fields { kind, value: 0, instance, text: "" } = Fields::parse(bytes)? else { return None };
-        match kind {
-            1 => Some(Self::SetUp),
-            2 => Some(Self::Spawn(instance)),
-            3 => Some(Self::MoreSockets(instance)),
-            _ => None,
-        }
+        let Fields { kind, value, instance, text: "" } = Fields::parse(bytes)? else { return None };
+        let network = value.cast_unsigned();
+        let order = match kind {
+            1 => Self::SetUp,
+            2 => Self::Spawn { instance, network },
+            3 => Self::MoreSockets(instance),
+            8 => Self::MakeNetwork(network),
+            9 => Self::DropNetwork(network),
+            _ => return None,
+        };
+        // One order has one form: what a kind has no use for is zero.
+        (order.encode().as_bytes() == bytes).then_some(order)
     }
 }
 
@@ -116,6 +136,22 @@ impl Report {
             Self::SpawnFailed { instance, errno, step } => Datagram::new(20, *errno, Some(*instance), step),
             Self::Exited { instance, status } => Datagram::new(21, *status, Some(*instance), ""),
             Self::Sockets { instance, errno } => Datagram::new(22, *errno, Some(*instance), ""),
+            Self::Network(network) => Datagram::new(28, network.cast_signed(), None, ""),
+            Self::NetworkFailed { network, errno, step } => {
+                // The place of an instance's id has the errno: a failure is no instance's.
+                let mut place = [0; 16];
+                place[..4].copy_from_slice(&errno.to_le_bytes());
+                Datagram::new(29, network.cast_signed(), Some(InstanceId::from_bytes(place)), step)
+            }
+        }
+    }
+
+    /// How many descriptors it carries.
+    const fn descriptors(&self) -> usize {
+        match self {
+            Self::Spawned(_) => 1,
+            Self::Network(_) => 2,
+            _ => 0,
         }
     }
 
@@ -129,9 +165,15 @@ impl Report {
             20 => Self::SpawnFailed { instance, errno: value, step: text.to_owned() },
             21 => Self::Exited { instance, status: value },
             22 => Self::Sockets { instance, errno: value },
+            28 => Self::Network(value.cast_unsigned()),
+            29 => {
+                let [e0, e1, e2, e3, ..] = instance.to_bytes();
+                let errno = i32::from_le_bytes([e0, e1, e2, e3]);
+                Self::NetworkFailed { network: value.cast_unsigned(), errno, step: text.to_owned() }
+            }
             _ => return None,
         };
-        let expected = usize::from(matches!(report, Self::Spawned(_)));
+        let expected = report.descriptors();
         // One report has one form: what a kind has no use for is zero.
         (descriptors == expected && report.encode().as_bytes() == bytes).then_some(report)
     }
@@ -156,32 +198,44 @@ mod tests {
             (instance(), any::<i32>(), step).prop_map(|(instance, errno, step)| Report::SpawnFailed { instance, errno, step }),
             (instance(), any::<i32>()).prop_map(|(instance, status)| Report::Exited { instance, status }),
             (instance(), any::<i32>()).prop_map(|(instance, errno)| Report::Sockets { instance, errno }),
+            any::<u32>().prop_map(Report::Network),
+            (any::<u32>(), any::<i32>(), step).prop_map(|(network, errno, step)| Report::NetworkFailed {
+                network,
+                errno,
+                step
+            }),
         ]
     }
 
     proptest! {
         #[test]
         fn reports_round_trip(report in report()) {
-            let fds = usize::from(matches!(report, Report::Spawned(_)));
+            let fds = report.descriptors();
             let datagram = report.encode();
             prop_assert_eq!(Report::decode(datagram.as_bytes(), fds), Some(report.clone()));
             prop_assert_eq!(Report::decode(datagram.as_bytes(), fds + 1), None);
         }
 
         #[test]
-        fn orders_round_trip(instance in instance()) {
-            for order in [Order::SetUp, Order::Spawn(instance), Order::MoreSockets(instance)] {
+        fn orders_round_trip(instance in instance(), network in any::<u32>()) {
+            for order in [
+                Order::SetUp,
+                Order::Spawn { instance, network },
+                Order::MoreSockets(instance),
+                Order::MakeNetwork(network),
+                Order::DropNetwork(network),
+            ] {
                 prop_assert_eq!(Order::decode(order.encode().as_bytes()), Some(order));
             }
         }
 
         #[test]
-        fn what_is_read_is_what_would_be_written(bytes in proptest::collection::vec(any::<u8>(), 0..160), kind in 15_u8..24) {
+        fn what_is_read_is_what_would_be_written(bytes in proptest::collection::vec(any::<u8>(), 0..160), kind in 15_u8..32) {
             let mut bytes = bytes;
             if let Some(first) = bytes.first_mut() {
                 *first = kind;
             }
-            for descriptors in 0..2 {
+            for descriptors in 0..3 {
                 if let Some(report) = Report::decode(&bytes, descriptors) {
                     let datagram = report.encode();
                     prop_assert_eq!(datagram.as_bytes(), &bytes[..]);

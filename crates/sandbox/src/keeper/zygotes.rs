@@ -17,6 +17,7 @@ use rustix::net::RecvFlags;
 
 use super::layers::{Lent, refusal};
 use super::link::{Fault, Link};
+use super::networks::{self, Pool};
 use super::{Keeper, Requester, TOKEN_ZYGOTES, TURN_MESSAGES};
 use crate::orders::{DATAGRAM_BYTES, Order, Report};
 use crate::protocol::{Refusal, Reply, RevisionSpec, Streams};
@@ -55,6 +56,8 @@ pub(super) struct Zygote {
     pub(super) streams: Streams,
     pub(super) limits: Limits,
     pub(super) layers: Lent,
+    /// Networks that lead out, if its instances have such.
+    pub(super) pool: Option<Pool>,
     pid: i32,
     pidfd: OwnedFd,
     link: Link,
@@ -132,6 +135,23 @@ impl Zygotes {
         self.by_key.get_mut(&key)
     }
 
+    pub(super) fn pools(&self) -> impl Iterator<Item = &Pool> {
+        self.by_key.values().filter_map(|zygote| zygote.pool.as_ref())
+    }
+
+    pub(super) fn pools_mut(&mut self) -> impl Iterator<Item = &mut Pool> {
+        self.by_key.values_mut().filter_map(|zygote| zygote.pool.as_mut())
+    }
+
+    /// Takes all pools away, with the keys of their zygotes.
+    pub(super) fn take_pools(&mut self) -> Vec<(u64, Pool)> {
+        self.by_key.iter_mut().filter_map(|(key, zygote)| Some((*key, zygote.pool.take()?))).collect()
+    }
+
+    pub(super) fn keys_where(&self, holds: impl Fn(&Zygote) -> bool) -> Vec<u64> {
+        self.by_key.iter().filter(|(_, zygote)| holds(zygote)).map(|(key, _)| *key).collect()
+    }
+
     /// The zygote with this key is not to be used any more.
     fn retire(&mut self, key: u64) {
         if let Some(zygote) = self.by_key.get_mut(&key) {
@@ -152,11 +172,17 @@ impl Zygote {
 
     /// Sends an order; an error means that the zygote is to be given up.
     pub(super) fn order(&mut self, epoll: &OwnedFd, order: Order, descriptors: &[BorrowedFd<'_>]) -> Result<(), Fault> {
-        if self.owed == 0 {
-            self.heard = Instant::now();
+        if order.is_answered() {
+            if self.owed == 0 {
+                self.heard = Instant::now();
+            }
+            self.owed += 1;
         }
-        self.owed += 1;
         self.link.send(epoll, order.encode().as_bytes(), descriptors)
+    }
+
+    pub(super) fn takes_orders(&self) -> bool {
+        matches!(self.state, State::Ready)
     }
 
     /// ESRCH only when it is dead already: its pidfd tells.
@@ -204,7 +230,10 @@ impl Keeper {
             zygote.idle_since = Instant::now();
             match &mut zygote.state {
                 State::SettingUp(waiting) => waiting.push(requester),
-                State::Ready | State::Ending => self.reply(requester, &Reply::Done, &[]),
+                State::Ready | State::Ending => {
+                    let key = self.zygotes.by_revision[&revision];
+                    self.opened_again(key, requester);
+                }
             }
             return;
         }
@@ -223,7 +252,9 @@ impl Keeper {
         };
         let base = RANGES_BASE + slot * userns::IDS;
         let key = self.zygotes.next_key;
-        match self.fork_zygote(key, base, title, spec) {
+        let pool = self.networks.pool(&self.epoll, &spec.isolation);
+        let resolving = pool.as_ref().map(|pool| networks::with_resolver(spec, pool));
+        match self.fork_zygote(key, base, title, resolving.as_ref().unwrap_or(spec)) {
             Ok((Forked { pid, pidfd }, link, layers)) => {
                 self.zygotes.next_key += 1;
                 let now = Instant::now();
@@ -234,6 +265,7 @@ impl Keeper {
                     streams: spec.streams,
                     limits: spec.limits,
                     layers,
+                    pool,
                     pid,
                     pidfd,
                     link,
@@ -251,6 +283,9 @@ impl Keeper {
             }
             Err(refused) => {
                 self.zygotes.slots.release(&function);
+                if let Some(pool) = &pool {
+                    self.networks.forget_all(&self.epoll, key, pool);
+                }
                 self.reply(requester, &Reply::Refused(refused), &[]);
             }
         }
@@ -314,7 +349,7 @@ impl Keeper {
         }
     }
 
-    fn order(&mut self, key: u64, order: Order, descriptors: &[BorrowedFd<'_>]) {
+    pub(super) fn order(&mut self, key: u64, order: Order, descriptors: &[BorrowedFd<'_>]) {
         if let Some(zygote) = self.zygotes.by_key.get_mut(&key)
             && let Err(fault) = zygote.order(&self.epoll, order, descriptors)
         {
@@ -381,9 +416,7 @@ impl Keeper {
             Report::Ready => {
                 let State::SettingUp(waiting) = std::mem::replace(&mut zygote.state, State::Ready) else { return None };
                 zygote.idle_since = Instant::now();
-                for requester in waiting {
-                    self.reply(requester, &Reply::Done, &[]);
-                }
+                self.fill(key, waiting);
             }
             Report::SetUpFailed { errno, step } => {
                 let State::SettingUp(waiting) = std::mem::replace(&mut zygote.state, State::Ending) else { return None };
@@ -410,6 +443,11 @@ impl Keeper {
                 };
                 self.reply(requester, &reply, &[]);
             }
+            Report::Network(network) => {
+                let (inside, route) = (descriptors.take(0)?, descriptors.take(1)?);
+                self.network_made(key, network, inside, route)?;
+            }
+            Report::NetworkFailed { network, errno, step } => self.network_failed(network, errno, &step),
         }
         Some(())
     }
@@ -432,6 +470,9 @@ impl Keeper {
         };
         for requester in setting_up.into_iter().chain(zygote.sockets.into_iter().map(|(_, requester)| requester)) {
             self.reply(requester, &Reply::Refused(Refusal::NoZygote), &[]);
+        }
+        if let Some(pool) = zygote.pool {
+            self.pool_lost(key, pool);
         }
         self.instances_lost(key);
         self.event(&Reply::RevisionEnded { revision: zygote.revision });

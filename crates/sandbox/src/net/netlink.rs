@@ -136,7 +136,7 @@ pub(super) struct Socket {
 impl Socket {
     /// In the calling thread's network namespace. `None` is `NETLINK_ROUTE`, whose number is 0.
     pub(super) fn open(protocol: Option<Protocol>) -> Result<Self, Errno> {
-        Self::from_fd(raw(protocol)?)
+        Ok(Self::from_fd(raw(protocol)?))
     }
 
     /// One that was made elsewhere, in another network namespace: it acts on that. What is no socket of rtnetlink is refused.
@@ -145,14 +145,14 @@ impl Socket {
         if !is_netlink || rustix::net::sockopt::socket_protocol(&fd)?.is_some() {
             return Err(Errno::PROTONOSUPPORT);
         }
-        Self::from_fd(fd)
+        Ok(Self::from_fd(fd))
     }
 
-    fn from_fd(fd: OwnedFd) -> Result<Self, Errno> {
+    fn from_fd(fd: OwnedFd) -> Self {
         // Both need CAP_NET_ADMIN over the first namespace, which tests in a namespace of their own have not: then the usual sizes do.
         let _ = rustix::net::sockopt::set_socket_send_buffer_size_force(&fd, QUEUE_BYTES);
         let _ = rustix::net::sockopt::set_socket_recv_buffer_size_force(&fd, QUEUE_BYTES);
-        Ok(Self { fd, sequence: 0, buffer: vec![0; DATAGRAM_BYTES] })
+        Self { fd, sequence: 0, buffer: vec![0; DATAGRAM_BYTES] }
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -199,23 +199,6 @@ impl Socket {
             Some(refused) => Err(refused),
             None if acknowledged => Ok(()),
             None => Err(Refused { index: last, errno: Errno::PROTO }),
-        }
-    }
-
-    /// Asks for one thing, and hands what comes to `each`: the kind of the message, and what follows its header.
-    pub(super) fn get(&mut self, message: Message, mut each: impl FnMut(u16, &[u8])) -> Result<(), Errno> {
-        let first = self.send(&mut [message], |_| true)?;
-        loop {
-            let read = self.receive()?;
-            for part in Messages(&self.buffer[..read]) {
-                if part.sequence != first {
-                    continue;
-                }
-                match part.outcome() {
-                    Some(result) => return result,
-                    None => each(part.kind, part.body),
-                }
-            }
         }
     }
 

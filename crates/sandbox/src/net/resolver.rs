@@ -84,13 +84,9 @@ fn reachable(text: &str) -> Vec<Ipv4Addr> {
     servers
 }
 
-fn can_be_asked(server: &Ipv4Addr) -> bool {
+/// Whether instances can ask a name server: not one of the host's own loopback.
+pub fn can_be_asked(server: &Ipv4Addr) -> bool {
     !server.is_loopback() && !server.is_unspecified() && !server.is_multicast() && !server.is_broadcast()
-}
-
-/// Whether an operator may name it.
-pub(crate) fn is_server(server: Ipv4Addr) -> bool {
-    can_be_asked(&server)
 }
 
 fn passed_on(text: &str) -> Vec<String> {

@@ -1,7 +1,7 @@
 //! The process at work, in network namespaces that the tests make: a host, the outside beyond it, and instances.
 
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd as _;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -196,8 +196,8 @@ fn serve_tcp(port: u16) {
 fn instances_reach_the_outside_and_nothing_near() {
     in_network(|| {
         let outside = host();
-        outside.run(|| [53, 80, 5432].map(serve_tcp));
-        [53, 80].map(serve_tcp);
+        outside.run(|| [53, 80, 5432].into_iter().for_each(serve_tcp));
+        [53, 80].into_iter().for_each(serve_tcp);
         let directory = tempfile::tempdir().expect("a directory");
         let (one, two) = (Namespace::new(), Namespace::new());
         // The control: from the host all of them answer.
