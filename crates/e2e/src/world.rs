@@ -8,6 +8,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use tempfile::TempDir;
 
 use crate::leak::{Scope, Snapshot, Subject};
+use crate::network::Own;
 use crate::paths;
 use crate::server::{Places, Server, Troubles, tail};
 
@@ -31,14 +32,22 @@ struct Served {
     troubles: Troubles,
 }
 
-/// Runs a test in a world of its own; afterwards nothing may be left of it. Servers are local variables of the test: they are stopped at its end
+/// Runs a test in a world of its own, with a network namespace of its own; afterwards nothing may be left of it. Servers are local variables of the test: they are stopped at its end
 /// by SIGTERM, as an operator would, or were stopped or killed by the test itself.
 pub fn scenario(test: impl FnOnce(&World) -> Result<()>) -> Result<()> {
+    scenario_in(|| Ok(()), |world, ()| test(world))
+}
+
+/// As [`scenario`], with something that belongs to the machine: `prepare` makes it, in the network namespace of the test, and none of it is a leak.
+pub fn scenario_in<T>(prepare: impl FnOnce() -> Result<T>, test: impl FnOnce(&World, &T) -> Result<()>) -> Result<()> {
     ensure!(rustix::process::geteuid().is_root(), "this test starts containers: run it as root, as `cargo xtask test` does");
     let _turn = Turn::take();
+    // Servers change the network that they are in.
+    let _network = Own::enter()?;
+    let machine = prepare()?;
     let world =
         World { home: paths::scratch("e2e")?, scope: Scope::create()?, before: Snapshot::take()?, servers: RefCell::default() };
-    let outcome = test(&world);
+    let outcome = test(&world, &machine);
     let outcome = match outcome {
         Ok(()) => world.check(),
         Err(error) => Err(error),
@@ -98,6 +107,7 @@ impl World {
             data: data.into_iter().collect(),
             admin: admin.into_iter().collect(),
             ports: servers.iter().map(|served| served.port).collect(),
+            own_network: true,
             killed: false,
         }
     }
