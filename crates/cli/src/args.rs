@@ -77,7 +77,7 @@ pub(crate) enum Command {
 /// Start the server
 ///
 /// Calls come in over HTTP on --listen, at /function/NAME. Everything else, such as deploys, goes through the admin socket, which only
-/// root and the group funtainer can open. Needs root and Linux 6.14 or later; a missing feature is named.
+/// root and the group funtainer can open. Needs root and Linux 6.1 or later; a missing feature is named.
 ///
 /// When it is ready, standard output says `listening on http://ADDR`. Logs go to standard error. SIGTERM and Ctrl-C let calls in flight
 /// finish for at most 10 s, and leave nothing behind.

@@ -13,6 +13,7 @@
 //! Deadlines are looked at whenever the loop turns; `deadline` says when it must at the latest.
 
 mod data;
+mod exec;
 mod instances;
 mod jail;
 mod layers;
@@ -48,6 +49,7 @@ use crate::title::{Title, TitleError};
 use crate::{fds, protocol};
 
 use data::{DaemonUser, DataDirectory};
+use exec::Execs;
 use instances::Instances;
 use jail::Birth;
 use layers::Layers;
@@ -241,6 +243,7 @@ struct Keeper {
     zygotes: Zygotes,
     instances: Instances,
     networks: Networks,
+    execs: Execs,
     /// Mounts whose release costs a grace period of the kernel: released when nothing waits.
     spent: Vec<mount::Writable>,
     buffer: Vec<u8>,
@@ -330,6 +333,7 @@ impl Keeper {
             zygotes: Zygotes::default(),
             instances: Instances::default(),
             networks,
+            execs: Execs::default(),
             spent: Vec::new(),
             buffer: vec![0; MESSAGE_BYTES_MAX],
         })
@@ -498,6 +502,7 @@ impl Keeper {
         if self.stopping.is_some() {
             return Some(Ended::Stopped);
         }
+        self.kill_execs();
         self.log(&format!("the daemon (pid {}) ended: {exit:?}", daemon.pid));
         if daemon.ready {
             self.respawn = Respawn { deaths: 0, at: Some(Instant::now()) };

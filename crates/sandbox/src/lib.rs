@@ -7,6 +7,7 @@
 pub mod cgroup;
 mod clone;
 pub mod daemon;
+mod exec;
 mod executable;
 pub mod fds;
 mod init;
@@ -20,6 +21,7 @@ pub mod protocol;
 pub mod seccomp;
 mod signals;
 pub mod step;
+mod terminal;
 #[cfg(test)]
 mod testing;
 pub mod title;

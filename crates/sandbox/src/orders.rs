@@ -1,13 +1,26 @@
 //! The protocol between the keeper and its zygotes: fixed datagrams over one seqpacket pair per zygote.
 //!
 //! ```text
-//! kind u8 │ zero u8 × 3 │ value i32 │ instance 16 bytes │ text (of SetUpFailed and SpawnFailed only, at most 96 bytes)
+//! kind u8 │ zero u8 × 3 │ value i32 │ instance or command 16 bytes │ text (of the failures only, at most 96 bytes)
 //! ```
 //! Networks have numbers, the keeper's to give, from 1 on. Descriptors of `Spawn`: root file system, init pair, stdin where it is given, stdout, stderr, then the doors of the cgroups. `MoreSockets`: the pair.
-//! `Spawned`: the init's pidfd. `Network`: its handle, then a socket of rtnetlink(7) that was made in it. The others carry none. Both sides are one process image, yet the keeper checks what it reads: a zygote
+//! `Exec`: a sealed memory file with the `Exec` request, the command's pair, its three streams unless it has a terminal, the namespaces of
+//! [`NAMESPACES`], then the doors of the cgroups. `Spawned`: the init's pidfd. `Network`: its handle, then a socket of rtnetlink(7) that was
+//! made in it. The others carry none. Both sides are one process image, yet the keeper checks what it reads: a zygote
 //! shares a kernel with what it started.
 
-use funtainer_model::InstanceId;
+use funtainer_model::{ExecId, InstanceId};
+use rustix::thread::LinkNameSpaceType;
+
+/// The namespaces of an instance in the order in which a command enters them, by their names in `/proc/PID/ns`.
+pub(crate) const NAMESPACES: [(&str, LinkNameSpaceType); 6] = [
+    ("net", LinkNameSpaceType::Network),
+    ("ipc", LinkNameSpaceType::InterProcessCommunication),
+    ("uts", LinkNameSpaceType::HostNameAndNISDomainName),
+    ("cgroup", LinkNameSpaceType::ControlGroup),
+    ("pid", LinkNameSpaceType::ProcessID),
+    ("mnt", LinkNameSpaceType::Mount),
+];
 
 /// Bytes of a datagram without a text.
 pub(crate) const FIXED_BYTES: usize = 24;
@@ -29,6 +42,10 @@ pub(crate) enum Order {
     MakeNetwork(u32),
     /// It is not used any more, or never will be.
     DropNetwork(u32),
+    /// Start a command in this instance.
+    Exec(InstanceId),
+    /// Send a signal to a command.
+    SignalExec { exec: ExecId, signal: i32 },
 }
 
 /// From a zygote.
@@ -50,6 +67,16 @@ pub(crate) enum Report {
     Network(u32),
     /// It is not.
     NetworkFailed { network: u32, errno: i32, step: String },
+    /// A command is on its way into its instance.
+    ExecSpawned(ExecId),
+    /// It is not; what came with the order is closed.
+    ExecNotSpawned { exec: ExecId, errno: i32, step: String },
+    /// The signal is sent (0), or why not: ESRCH for a command that does not run, or does not run yet.
+    ExecSignalled { exec: ExecId, errno: i32 },
+    /// A command is reaped, with its wait status.
+    ExecEnded { exec: ExecId, status: i32 },
+    /// There never was a process that could become the command.
+    ExecLost(ExecId),
 }
 
 /// A datagram with its length.
@@ -59,13 +86,11 @@ pub(crate) struct Datagram {
 }
 
 impl Datagram {
-    fn new(kind: u8, value: i32, instance: Option<InstanceId>, text: &str) -> Self {
+    fn new(kind: u8, value: i32, id: [u8; 16], text: &str) -> Self {
         let mut bytes = [0; DATAGRAM_BYTES];
         bytes[0] = kind;
         bytes[4..8].copy_from_slice(&value.to_le_bytes());
-        if let Some(instance) = instance {
-            bytes[8..FIXED_BYTES].copy_from_slice(&instance.to_bytes());
-        }
+        bytes[8..FIXED_BYTES].copy_from_slice(&id);
         // The texts are our own, in ASCII.
         let text = &text.as_bytes()[..text.len().min(TEXT_BYTES)];
         bytes[FIXED_BYTES..FIXED_BYTES + text.len()].copy_from_slice(text);
@@ -81,18 +106,21 @@ impl Datagram {
 struct Fields<'a> {
     kind: u8,
     value: i32,
-    instance: InstanceId,
+    id: [u8; 16],
     text: &'a str,
 }
 
 impl<'a> Fields<'a> {
     fn parse(bytes: &'a [u8]) -> Option<Self> {
         let (fixed, text) = bytes.split_first_chunk::<FIXED_BYTES>()?;
-        let [kind, 0, 0, 0, v0, v1, v2, v3, instance @ ..] = *fixed else { return None };
+        let [kind, 0, 0, 0, v0, v1, v2, v3, id @ ..] = *fixed else { return None };
         let text = std::str::from_utf8(text).ok().filter(|text| text.len() <= TEXT_BYTES)?;
-        Some(Self { kind, value: i32::from_le_bytes([v0, v1, v2, v3]), instance: InstanceId::from_bytes(instance), text })
+        Some(Self { kind, value: i32::from_le_bytes([v0, v1, v2, v3]), id, text })
     }
 }
+
+/// The id of what concerns neither an instance nor a command.
+const NOBODY: [u8; 16] = [0; 16];
 
 impl Order {
     /// Whether a report answers it.
@@ -102,22 +130,26 @@ impl Order {
 
     pub(crate) fn encode(self) -> Datagram {
         match self {
-            Self::SetUp => Datagram::new(1, 0, None, ""),
-            Self::Spawn { instance, network } => Datagram::new(2, network.cast_signed(), Some(instance), ""),
-            Self::MoreSockets(instance) => Datagram::new(3, 0, Some(instance), ""),
-            Self::MakeNetwork(network) => Datagram::new(8, network.cast_signed(), None, ""),
-            Self::DropNetwork(network) => Datagram::new(9, network.cast_signed(), None, ""),
+            Self::SetUp => Datagram::new(1, 0, NOBODY, ""),
+            Self::Spawn { instance, network } => Datagram::new(2, network.cast_signed(), instance.to_bytes(), ""),
+            Self::MoreSockets(instance) => Datagram::new(3, 0, instance.to_bytes(), ""),
+            Self::Exec(instance) => Datagram::new(4, 0, instance.to_bytes(), ""),
+            Self::SignalExec { exec, signal } => Datagram::new(5, signal, exec.to_bytes(), ""),
+            Self::MakeNetwork(network) => Datagram::new(8, network.cast_signed(), NOBODY, ""),
+            Self::DropNetwork(network) => Datagram::new(9, network.cast_signed(), NOBODY, ""),
         }
     }
 
     /// `None` for what is no order.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
-        let Fields { kind, value, instance, text: "" } = Fields::parse(bytes)? else { return None };
-        let network = value.cast_unsigned();
+        let Fields { kind, value, id, text: "" } = Fields::parse(bytes)? else { return None };
+        let (instance, network) = (InstanceId::from_bytes(id), value.cast_unsigned());
         let order = match kind {
             1 => Self::SetUp,
             2 => Self::Spawn { instance, network },
             3 => Self::MoreSockets(instance),
+            4 => Self::Exec(instance),
+            5 => Self::SignalExec { exec: ExecId::from_bytes(id), signal: value },
             8 => Self::MakeNetwork(network),
             9 => Self::DropNetwork(network),
             _ => return None,
@@ -130,18 +162,23 @@ impl Order {
 impl Report {
     pub(crate) fn encode(&self) -> Datagram {
         match self {
-            Self::Ready => Datagram::new(17, 0, None, ""),
-            Self::SetUpFailed { errno, step } => Datagram::new(18, *errno, None, step),
-            Self::Spawned(instance) => Datagram::new(19, 0, Some(*instance), ""),
-            Self::SpawnFailed { instance, errno, step } => Datagram::new(20, *errno, Some(*instance), step),
-            Self::Exited { instance, status } => Datagram::new(21, *status, Some(*instance), ""),
-            Self::Sockets { instance, errno } => Datagram::new(22, *errno, Some(*instance), ""),
-            Self::Network(network) => Datagram::new(28, network.cast_signed(), None, ""),
+            Self::Ready => Datagram::new(17, 0, NOBODY, ""),
+            Self::SetUpFailed { errno, step } => Datagram::new(18, *errno, NOBODY, step),
+            Self::Spawned(instance) => Datagram::new(19, 0, instance.to_bytes(), ""),
+            Self::SpawnFailed { instance, errno, step } => Datagram::new(20, *errno, instance.to_bytes(), step),
+            Self::Exited { instance, status } => Datagram::new(21, *status, instance.to_bytes(), ""),
+            Self::Sockets { instance, errno } => Datagram::new(22, *errno, instance.to_bytes(), ""),
+            Self::ExecSpawned(exec) => Datagram::new(23, 0, exec.to_bytes(), ""),
+            Self::ExecNotSpawned { exec, errno, step } => Datagram::new(24, *errno, exec.to_bytes(), step),
+            Self::ExecSignalled { exec, errno } => Datagram::new(25, *errno, exec.to_bytes(), ""),
+            Self::ExecEnded { exec, status } => Datagram::new(26, *status, exec.to_bytes(), ""),
+            Self::ExecLost(exec) => Datagram::new(27, 0, exec.to_bytes(), ""),
+            Self::Network(network) => Datagram::new(28, network.cast_signed(), NOBODY, ""),
             Self::NetworkFailed { network, errno, step } => {
-                // The place of an instance's id has the errno: a failure is no instance's.
-                let mut place = [0; 16];
+                // The place of an id has the errno: a failure is nobody's.
+                let mut place = NOBODY;
                 place[..4].copy_from_slice(&errno.to_le_bytes());
-                Datagram::new(29, network.cast_signed(), Some(InstanceId::from_bytes(place)), step)
+                Datagram::new(29, network.cast_signed(), place, step)
             }
         }
     }
@@ -155,9 +192,15 @@ impl Report {
         }
     }
 
+    /// Whether it answers an order; the others come by themselves.
+    pub(crate) fn is_answer(&self) -> bool {
+        !matches!(self, Self::Exited { .. } | Self::ExecEnded { .. } | Self::ExecLost(_))
+    }
+
     /// `None` for what is no report, or comes with another number of descriptors than belongs to it.
     pub(crate) fn decode(bytes: &[u8], descriptors: usize) -> Option<Self> {
-        let Fields { kind, value, instance, text } = Fields::parse(bytes)?;
+        let Fields { kind, value, id, text } = Fields::parse(bytes)?;
+        let (instance, exec) = (InstanceId::from_bytes(id), ExecId::from_bytes(id));
         let report = match kind {
             17 => Self::Ready,
             18 => Self::SetUpFailed { errno: value, step: text.to_owned() },
@@ -167,10 +210,15 @@ impl Report {
             22 => Self::Sockets { instance, errno: value },
             28 => Self::Network(value.cast_unsigned()),
             29 => {
-                let [e0, e1, e2, e3, ..] = instance.to_bytes();
+                let [e0, e1, e2, e3, ..] = id;
                 let errno = i32::from_le_bytes([e0, e1, e2, e3]);
                 Self::NetworkFailed { network: value.cast_unsigned(), errno, step: text.to_owned() }
             }
+            23 => Self::ExecSpawned(exec),
+            24 => Self::ExecNotSpawned { exec, errno: value, step: text.to_owned() },
+            25 => Self::ExecSignalled { exec, errno: value },
+            26 => Self::ExecEnded { exec, status: value },
+            27 => Self::ExecLost(exec),
             _ => return None,
         };
         let expected = report.descriptors();
@@ -189,6 +237,10 @@ mod tests {
         any::<[u8; 16]>().prop_map(InstanceId::from_bytes)
     }
 
+    fn exec() -> impl Strategy<Value = ExecId> {
+        any::<[u8; 16]>().prop_map(ExecId::from_bytes)
+    }
+
     fn report() -> impl Strategy<Value = Report> {
         let step = "[a-z ]{0,96}";
         prop_oneof![
@@ -204,6 +256,11 @@ mod tests {
                 errno,
                 step
             }),
+            exec().prop_map(Report::ExecSpawned),
+            (exec(), any::<i32>(), step).prop_map(|(exec, errno, step)| Report::ExecNotSpawned { exec, errno, step }),
+            (exec(), any::<i32>()).prop_map(|(exec, errno)| Report::ExecSignalled { exec, errno }),
+            (exec(), any::<i32>()).prop_map(|(exec, status)| Report::ExecEnded { exec, status }),
+            exec().prop_map(Report::ExecLost),
         ]
     }
 
@@ -217,11 +274,13 @@ mod tests {
         }
 
         #[test]
-        fn orders_round_trip(instance in instance(), network in any::<u32>()) {
+        fn orders_round_trip(instance in instance(), exec in exec(), signal in any::<i32>(), network in any::<u32>()) {
             for order in [
                 Order::SetUp,
                 Order::Spawn { instance, network },
                 Order::MoreSockets(instance),
+                Order::Exec(instance),
+                Order::SignalExec { exec, signal },
                 Order::MakeNetwork(network),
                 Order::DropNetwork(network),
             ] {

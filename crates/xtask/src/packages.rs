@@ -45,6 +45,15 @@ pub(crate) const TEST: &[Tool] = &[
     tool("go", "golang-go"),
 ];
 
+/// For `vm`.
+pub(crate) const VM: &[Tool] = &[
+    tool("qemu-system-x86_64", "qemu-system-x86"),
+    tool("mmdebstrap", "mmdebstrap"),
+    tool("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
+    tool("mke2fs", "e2fsprogs"),
+    tool("setpriv", "util-linux"),
+];
+
 /// For `bench`.
 pub(crate) const BENCH: &[Tool] =
     &[tool("/bin/busybox", "busybox-static"), tool("runc", "runc"), tool("nginx", "nginx-light"), tool("wrk", "wrk")];

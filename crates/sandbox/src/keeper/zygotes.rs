@@ -409,7 +409,7 @@ impl Keeper {
     fn on_report(&mut self, key: u64, report: Report, mut descriptors: fds::Fds) -> Option<()> {
         let zygote = self.zygotes.by_key.get_mut(&key)?;
         zygote.heard = Instant::now();
-        if !matches!(report, Report::Exited { .. }) {
+        if report.is_answer() {
             zygote.owed = zygote.owed.checked_sub(1)?;
         }
         match report {
@@ -431,6 +431,16 @@ impl Keeper {
                 self.instance_not_spawned(key, instance, Refusal::System { step, errno })?;
             }
             Report::Exited { instance, status } => self.instance_exited(key, instance, status)?,
+            Report::ExecSpawned(exec) => self.exec_spawned(key, exec)?,
+            Report::ExecNotSpawned { exec, errno: libc::ESRCH, .. } => {
+                self.exec_not_spawned(key, exec, Refusal::NoInstance)?;
+            }
+            Report::ExecNotSpawned { exec, errno, step } => {
+                self.exec_not_spawned(key, exec, Refusal::System { step, errno })?;
+            }
+            Report::ExecSignalled { exec, errno } => self.exec_signalled(key, exec, errno)?,
+            Report::ExecEnded { exec, status } => self.exec_ended(key, exec, Some(status))?,
+            Report::ExecLost(exec) => self.exec_ended(key, exec, None)?,
             Report::Sockets { instance, errno } => {
                 let (asked, requester) = zygote.sockets.pop_front()?;
                 if asked != instance {
@@ -474,6 +484,7 @@ impl Keeper {
         if let Some(pool) = zygote.pool {
             self.pool_lost(key, pool);
         }
+        self.execs_lost(key);
         self.instances_lost(key);
         self.event(&Reply::RevisionEnded { revision: zygote.revision });
     }

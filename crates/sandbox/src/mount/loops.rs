@@ -158,3 +158,57 @@ fn status(device: BorrowedFd<'_>) -> Result<Info, Errno> {
     checked(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) }.into())?;
     Ok(info)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+    use crate::testing::{need_root, until};
+
+    /// A directory with a file of some blocks.
+    fn store() -> (tempfile::TempDir, File) {
+        let directory = tempfile::TempDir::new().expect("a directory");
+        fs::write(directory.path().join("layer"), [7; 8192]).expect("a file");
+        let file = File::open(directory.path().join("layer")).expect("it");
+        (directory, file)
+    }
+
+    #[test]
+    fn a_device_has_the_files_bytes_and_takes_none() {
+        need_root();
+        let (_directory, file) = store();
+        let device = bind(file.as_fd()).expect("a loop device");
+        let mut bytes = [0; 8192];
+        assert_eq!(rustix::io::pread(&device, &mut bytes[..], 0), Ok(8192));
+        assert_eq!(bytes, [7; 8192]);
+        let again = format!("/proc/self/fd/{}", device.as_raw_fd());
+        let written = rustix::fs::open(again, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+            .and_then(|device| rustix::io::pwrite(device, &[1; 512], 0));
+        assert!(written.is_err(), "the device is read-only");
+    }
+
+    #[test]
+    fn those_of_a_store_are_found_while_they_are_used_and_free_themselves() {
+        need_root();
+        let ((directory, file), (other, _)) = (store(), store());
+        let device = bind(file.as_fd()).expect("a loop device");
+        let (directory, other) = (File::open(directory.path()).expect("it"), File::open(other.path()).expect("it"));
+        assert_eq!(left(directory.as_fd()).expect("a list").len(), 1);
+        assert_eq!(left(other.as_fd()).expect("a list"), Vec::<usize>::new());
+        drop(device);
+        until("the device is free", || left(directory.as_fd()).expect("a list").is_empty());
+    }
+
+    #[test]
+    fn many_at_once_get_a_device_each() {
+        need_root();
+        let (_directory, file) = store();
+        let devices: Vec<OwnedFd> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..16).map(|_| scope.spawn(|| bind(file.as_fd()).expect("a loop device"))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        });
+        let numbers: HashSet<u64> = devices.iter().map(|device| rustix::fs::fstat(device).expect("stat").st_rdev).collect();
+        assert_eq!(numbers.len(), devices.len());
+    }
+}

@@ -181,3 +181,17 @@ fn own_namespace() -> Result<OwnedFd, StepError> {
 fn enter(namespace: BorrowedFd<'_>) -> Result<(), rustix::io::Errno> {
     rustix::thread::move_into_link_name_space(namespace, Some(LinkNameSpaceType::Mount))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lowest_free_number_comes_first() {
+        let mut numbers = Numbers::default();
+        assert_eq!([0; 4].map(|_| numbers.take()), [0, 1, 2, 3]);
+        numbers.give_back(2);
+        numbers.give_back(0);
+        assert_eq!([0; 3].map(|_| numbers.take()), [0, 2, 4]);
+    }
+}
