@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use crate::leak::{Scope, Snapshot, Subject};
 use crate::network::Own;
 use crate::paths;
-use crate::server::{Places, Server, Troubles, tail};
+use crate::server::{Extra, Places, Server, Troubles, tail};
 
 /// Scenarios that run at once: each has a server and some containers, and most of its time it waits.
 const SCENARIOS_MAX: usize = 4;
@@ -76,19 +76,32 @@ impl World {
 
     /// Starts a server with a new data directory on a free port.
     pub fn serve(&self) -> Result<Server> {
+        self.serve_at(&self.places(), "127.0.0.1:0")
+    }
+
+    /// The same with more flags, or by another command.
+    pub fn serve_with(&self, extra: &Extra) -> Result<Server> {
+        self.start(&self.places(), "127.0.0.1:0", extra)
+    }
+
+    /// Where the next server can keep its things.
+    pub fn places(&self) -> Places {
         let number = self.servers.borrow().len();
         let home = self.home.path();
-        let places = Places {
+        Places {
             data: home.join(format!("data{number}")),
             admin: home.join(format!("admin{number}.sock")),
             log: home.join("serve.log"),
-        };
-        self.serve_at(&places, "127.0.0.1:0")
+        }
     }
 
     /// Starts a server at places that may have been used before.
     pub fn serve_at(&self, places: &Places, listen: &str) -> Result<Server> {
-        let server = Server::start(places, listen, Some(&self.scope))?;
+        self.start(places, listen, &Extra::default())
+    }
+
+    fn start(&self, places: &Places, listen: &str, extra: &Extra) -> Result<Server> {
+        let server = Server::start_with(places, listen, Some(&self.scope), extra)?;
         self.servers.borrow_mut().push(Served {
             places: places.clone(),
             port: server.address().port(),

@@ -107,12 +107,18 @@ pub(crate) unsafe fn fork(plan: &Plan<'_>) -> Result<(i32, OwnedFd), Errno> {
 
 /// The whole life; returning ends it.
 fn live(plan: &Plan<'_>) {
-    if own_descriptors(plan).and_then(|()| become_small(plan)).is_err() {
+    if own_descriptors(plan).is_err() {
         return;
     }
     // SAFETY: the line above put both there, nothing else owns the numbers, and the process lives no longer than this function.
     let (socket, directory) = unsafe { (BorrowedFd::borrow_raw(SOCKET), OwnedFd::from_raw_fd(DIRECTORY)) };
-    serve(plan, socket, directory);
+    match become_small(plan) {
+        Ok(()) => serve(plan, socket, directory),
+        Err(StepError { step, errno }) => {
+            // Without a reader nobody wants to know.
+            let _ = report(socket, &Report::Unavailable(format!("{step}: {errno}")));
+        }
+    }
 }
 
 /// Leaves the socket at [`SOCKET`], the data directory at [`DIRECTORY`], `/dev/null` at 0 and 1 and the log at 2.
@@ -142,7 +148,7 @@ fn become_small(plan: &Plan<'_>) -> Result<(), StepError> {
     crate::title::set_name(c"funtainer-net").map_err(at("set the name of the network process"))?;
     userns::no_new_privs()?;
     userns::drop_bounding(KEPT)?;
-    userns::set_capabilities(KEPT)
+    userns::set_capabilities(KEPT).map_err(|StepError { errno, .. }| StepError { step: "keep the capability NET_ADMIN", errno })
 }
 
 /// Works for the keeper until it is gone.

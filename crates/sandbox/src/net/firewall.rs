@@ -17,7 +17,7 @@ use std::net::Ipv4Addr;
 use funtainer_model::{EgressRule, Protocol};
 use rustix::io::Errno;
 
-use super::link::Mac;
+use super::link::{Mac, PREFIX};
 use super::netlink::{Message, Refused, Socket};
 use super::nft::{
     self, Base, Comparison, Connection, DESTINATION_CHANGED, ESTABLISHED, Element, Expression, Family, Hook, Meta, NEW,
@@ -264,8 +264,9 @@ impl Firewall {
 
         rule("the state of a connection (ct)", "forward", &[&to_ours(), &state(ESTABLISHED | RELATED), &accept()]);
         rule("a rule by group", "forward", &[&to_ours(), &[Expression::Counter], &drop_it()]);
-        let from_others = in_group(Meta::InGroup, Comparison::Unequal, group);
-        rule("a rule by interface", "forward", &[&from_others, &[meta(Meta::In), set(&FORWARDING)], &drop_it()]);
+        // Those of other servers are for their tables to judge.
+        let to_none = [meta(Meta::OutName), Expression::Compare(Comparison::Unequal, PREFIX.as_bytes().to_vec())];
+        rule("a rule by interface", "forward", &[&[meta(Meta::In), set(&FORWARDING)], &to_none, &drop_it()]);
 
         rule("the state of a connection (ct)", "output", &[&to_ours(), &state(ESTABLISHED | RELATED), &accept()]);
         for kind in ICMP_ERRORS {
@@ -377,7 +378,7 @@ fn opened(rule: &EgressRule) -> Vec<Vec<Expression>> {
 /// above to say. In exactly the words that iptables itself uses, so that it can show the rules.
 pub(super) fn passing(range: Range) -> [Vec<Expression>; 2] {
     let rule = |name, offset| {
-        let mut expressions = vec![meta(name), equal(super::link::PREFIX.as_bytes())];
+        let mut expressions = vec![meta(name), equal(PREFIX.as_bytes())];
         expressions.extend(within(Base::Network, offset, range));
         expressions.push(Expression::Counter);
         expressions.extend(accept());
