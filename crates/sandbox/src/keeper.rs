@@ -36,7 +36,7 @@ use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
-use rustix::process::Resource;
+use rustix::process::{Resource, Rlimit};
 
 use crate::cgroup::{CgroupError, Hierarchy, Layout};
 use crate::clone::{Cloned, clone3};
@@ -71,6 +71,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(5);
 const DEATHS_MAX: u32 = 10;
 /// Messages of one peer handled before the others get their turn.
 const TURN_MESSAGES: usize = 32;
+/// Most open files that an instance can ask for (`fs.nr_open` as the kernel starts with it).
+const OPEN_FILES_MAX: u64 = 1_048_576;
 /// Events taken from the kernel at once.
 const EVENTS: usize = 64;
 
@@ -286,7 +288,12 @@ impl Keeper {
         unsafe { title.set(b"funtainer serve") };
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(at("make an epoll"))?;
         epoll::add(&epoll, &signals, EventData::new_u64(TOKEN_SIGNALS), EventFlags::IN).map_err(at("watch signals"))?;
-        let cgroups = Hierarchy::open(&Layout::detect()?, &format!("funtainer-{}", data.id))?;
+        let name = format!("funtainer-{}", data.id);
+        let settled = Layout::detect()?.settle(&name);
+        for note in &settled.notes {
+            (settings.log)(note);
+        }
+        let cgroups = Hierarchy::open(&settled.layout, &name)?;
         for missing in cgroups.missing() {
             (settings.log)(&format!("control groups here have no {missing}: instances run without it"));
         }
@@ -632,9 +639,15 @@ impl Keeper {
     }
 }
 
-/// An instance costs the keeper some descriptors, and the usual soft limit of 1,024 is for programs that use select(2).
+/// An instance costs the keeper some descriptors, and the usual soft limit of 1,024 is for programs that use select(2). The hard limit is raised
+/// as far as instances may ask for, where that is allowed (CAP_SYS_RESOURCE): theirs cannot be above it.
 fn raise_descriptors() -> Result<(), Errno> {
-    let mut limit = rustix::process::getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    rustix::process::setrlimit(Resource::Nofile, limit)
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.map(|maximum| maximum.max(OPEN_FILES_MAX));
+    match rustix::process::setrlimit(Resource::Nofile, Rlimit { current: wanted, maximum: wanted }) {
+        Err(Errno::PERM) => {
+            rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
+        }
+        other => other,
+    }
 }

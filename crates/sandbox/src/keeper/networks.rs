@@ -48,6 +48,8 @@ const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// So many deaths before it was ready, in a row, and there are no networks any more.
 const DEATHS_MAX: u32 = 10;
+/// Networks have numbers below this.
+const NUMBERS: u32 = 1 << 30;
 /// How long the process may take to put everything back when the keeper ends.
 const CLOSE_WAIT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
@@ -240,9 +242,9 @@ impl Networks {
     fn number(&mut self) -> u32 {
         loop {
             let number = self.next;
-            self.next = self.next.wrapping_add(1).max(1);
-            // After four thousand million of them some are still in use.
-            if !self.by_number.contains_key(&number) && !self.policies.contains_key(&number) {
+            self.next = (self.next + 1) % NUMBERS;
+            // After all of them some are still in use, and 0 is none.
+            if number != 0 && !self.by_number.contains_key(&number) && !self.policies.contains_key(&number) {
                 return number;
             }
         }

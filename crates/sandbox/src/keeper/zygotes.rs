@@ -15,10 +15,12 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
+use super::instances::{Leftover, cgroup_refusal};
 use super::layers::{Lent, refusal};
 use super::link::{Fault, Link};
 use super::networks::{self, Pool};
 use super::{Keeper, Requester, TOKEN_ZYGOTES, TURN_MESSAGES};
+use crate::cgroup::Nest;
 use crate::orders::{DATAGRAM_BYTES, Order, Report};
 use crate::protocol::{Refusal, Reply, RevisionSpec, Streams};
 use crate::step::StepError;
@@ -58,6 +60,8 @@ pub(super) struct Zygote {
     pub(super) layers: Lent,
     /// Networks that lead out, if its instances have such.
     pub(super) pool: Option<Pool>,
+    /// Where its control groups and those of its instances are.
+    pub(super) nest: Nest,
     pid: i32,
     pidfd: OwnedFd,
     link: Link,
@@ -255,7 +259,7 @@ impl Keeper {
         let pool = self.networks.pool(&self.epoll, &spec.isolation);
         let resolving = pool.as_ref().map(|pool| networks::with_resolver(spec, pool));
         match self.fork_zygote(key, base, title, resolving.as_ref().unwrap_or(spec)) {
-            Ok((Forked { pid, pidfd }, link, layers)) => {
+            Ok((Forked { pid, pidfd }, link, layers, nest)) => {
                 self.zygotes.next_key += 1;
                 let now = Instant::now();
                 let zygote = Zygote {
@@ -266,6 +270,7 @@ impl Keeper {
                     limits: spec.limits,
                     layers,
                     pool,
+                    nest,
                     pid,
                     pidfd,
                     link,
@@ -291,15 +296,28 @@ impl Keeper {
         }
     }
 
-    fn fork_zygote(&mut self, key: u64, base: u32, name: &str, spec: &RevisionSpec) -> Result<(Forked, Link, Lent), Refusal> {
+    fn fork_zygote(
+        &mut self,
+        key: u64,
+        base: u32,
+        name: &str,
+        spec: &RevisionSpec,
+    ) -> Result<(Forked, Link, Lent, Nest), Refusal> {
         let failed = |step| move |errno| refusal(StepError { step, errno });
         let (ours, theirs) = fds::pair().map_err(failed("make a zygote's socket"))?;
-        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd() };
+        let nest = self.cgroups.nest(&format!("zygote-{key}"), base).map_err(|error| cgroup_refusal(&error))?;
+        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd(), group: nest.cradle() };
         // SAFETY: the keeper has one thread, as was checked at its start.
-        let forked = unsafe { zygote::fork(&plan) }.map_err(failed("clone a zygote"))?;
+        let forked = match unsafe { zygote::fork(&plan) } {
+            Ok(forked) => forked,
+            Err(errno) => {
+                self.instances.release(Leftover::Zygote(nest));
+                return Err(failed("clone a zygote")(errno));
+            }
+        };
         let equipped = self.equip_zygote(&forked, base, spec, ours, key);
         match equipped {
-            Ok((link, layers)) => Ok((forked, link, layers)),
+            Ok((link, layers)) => Ok((forked, link, layers, nest)),
             Err(error) => {
                 // It waits for its first order, so that it dies at once.
                 let _ = fds::pidfd_signal(forked.pidfd.as_fd(), libc::SIGKILL);
@@ -307,6 +325,7 @@ impl Keeper {
                 if let Err(errno) = fds::pidfd_reap(forked.pidfd.as_fd(), true) {
                     self.log(&format!("a zygote (pid {}) cannot be reaped: {errno}", forked.pid));
                 }
+                self.instances.release(Leftover::Zygote(nest));
                 Err(error)
             }
         }
@@ -430,7 +449,7 @@ impl Keeper {
             Report::SpawnFailed { instance, errno, step } => {
                 self.instance_not_spawned(key, instance, Refusal::System { step, errno })?;
             }
-            Report::Exited { instance, status } => self.instance_exited(key, instance, status)?,
+            Report::Exited { instance, end } => self.instance_exited(key, instance, end)?,
             Report::ExecSpawned(exec) => self.exec_spawned(key, exec)?,
             Report::ExecNotSpawned { exec, errno: libc::ESRCH, .. } => {
                 self.exec_not_spawned(key, exec, Refusal::NoInstance)?;
@@ -486,6 +505,7 @@ impl Keeper {
         }
         self.execs_lost(key);
         self.instances_lost(key);
+        self.instances.release(Leftover::Zygote(zygote.nest));
         self.event(&Reply::RevisionEnded { revision: zygote.revision });
     }
 
