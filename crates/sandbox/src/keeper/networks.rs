@@ -25,7 +25,7 @@ use crate::fds::{self, Fds};
 use crate::net::resolver::Resolver;
 use crate::net::{self, DATAGRAM_BYTES, Plan, Plug, Policy, Range};
 use crate::orders;
-use crate::protocol::{FileSpec, Refusal, Reply, RevisionSpec};
+use crate::protocol::{Refusal, Reply};
 use crate::step::{StepError, at, errno_of};
 
 /// Networks that a quiet zygote has ready: one for the next start, one for the start after it.
@@ -144,6 +144,11 @@ impl Pool {
             said: None,
             retry: None,
         }
+    }
+
+    /// The file that says whom the instances ask for names.
+    pub(super) fn resolver(&self) -> String {
+        self.resolver.file()
     }
 
     /// How many are to be ordered now.
@@ -324,16 +329,6 @@ impl Process {
     fn kill(&self) {
         let _ = fds::pidfd_signal(self.pidfd.as_fd(), libc::SIGKILL);
     }
-}
-
-/// The same with a file that says whom the instance asks for names, unless one is planned already.
-pub(super) fn with_resolver(spec: &RevisionSpec, pool: &Pool) -> RevisionSpec {
-    const PATH: &[u8] = b"/etc/resolv.conf";
-    let mut spec = spec.clone();
-    if !spec.files.iter().any(|file| file.path == PATH) {
-        spec.files.push(FileSpec { path: PATH.to_vec(), mode: 0o644, content: pool.resolver.file().into_bytes() });
-    }
-    spec
 }
 
 impl Keeper {

@@ -18,8 +18,8 @@ use rustix::net::RecvFlags;
 use super::instances::{Leftover, cgroup_refusal};
 use super::layers::{Lent, refusal};
 use super::link::{Fault, Link};
-use super::networks::{self, Pool};
-use super::{Keeper, Requester, TOKEN_ZYGOTES, TURN_MESSAGES};
+use super::networks::Pool;
+use super::{Keeper, Requester, TOKEN_ZYGOTES, TURN_MESSAGES, platform};
 use crate::cgroup::Nest;
 use crate::orders::{DATAGRAM_BYTES, Order, Report};
 use crate::protocol::{Refusal, Reply, RevisionSpec, Streams};
@@ -257,8 +257,7 @@ impl Keeper {
         let base = RANGES_BASE + slot * userns::IDS;
         let key = self.zygotes.next_key;
         let pool = self.networks.pool(&self.epoll, &spec.isolation);
-        let resolving = pool.as_ref().map(|pool| networks::with_resolver(spec, pool));
-        match self.fork_zygote(key, base, title, resolving.as_ref().unwrap_or(spec)) {
+        match self.fork_zygote(key, base, title, spec, pool.as_ref()) {
             Ok((Forked { pid, pidfd }, link, layers, nest)) => {
                 self.zygotes.next_key += 1;
                 let now = Instant::now();
@@ -302,6 +301,7 @@ impl Keeper {
         base: u32,
         name: &str,
         spec: &RevisionSpec,
+        pool: Option<&Pool>,
     ) -> Result<(Forked, Link, Lent, Nest), Refusal> {
         let failed = |step| move |errno| refusal(StepError { step, errno });
         let (ours, theirs) = fds::pair().map_err(failed("make a zygote's socket"))?;
@@ -315,7 +315,7 @@ impl Keeper {
                 return Err(failed("clone a zygote")(errno));
             }
         };
-        let equipped = self.equip_zygote(&forked, base, spec, ours, key);
+        let equipped = self.equip_zygote(&forked, base, spec, pool, ours, key);
         match equipped {
             Ok((link, layers)) => Ok((forked, link, layers, nest)),
             Err(error) => {
@@ -337,6 +337,7 @@ impl Keeper {
         forked: &Forked,
         base: u32,
         spec: &RevisionSpec,
+        pool: Option<&Pool>,
         socket: OwnedFd,
         key: u64,
     ) -> Result<(Link, Lent), Refusal> {
@@ -344,7 +345,8 @@ impl Keeper {
         let path = format!("/proc/{}/ns/user", forked.pid);
         let ids = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| refusal(StepError { step: "open a user namespace", errno }))?;
-        let layers = self.layers.lend(&self.mounts, self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
+        let mut layers = self.layers.lend(&self.mounts, self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
+        layers.cover(self.mounts.platform(layers.mapped(), base, &platform::files(spec, pool)).map_err(refusal)?);
         let failed = |errno| refusal(StepError { step: "watch a zygote", errno });
         let token = TOKEN_ZYGOTES + 2 * key;
         epoll::add(&self.epoll, &forked.pidfd, EventData::new_u64(token + 1), EventFlags::IN).map_err(failed)?;
