@@ -71,6 +71,7 @@ pub(crate) enum Command {
     Image(Image),
     /// Show the versions of this program and of the server
     Version,
+    Doctor(Doctor),
     #[command(hide = true)]
     Daemon(Daemon),
 }
@@ -407,6 +408,24 @@ pub(crate) struct Import {
     pub(crate) quiet: bool,
 }
 
+/// Look at what this machine has and lacks for a server
+///
+/// Names each feature, what is lost without it, and how to get it. As root it is about root's server, as an ordinary user about a
+/// server of that user. No server is asked, and nothing on the machine is changed: what is tried is gone afterwards; the kernel may load
+/// a module for a file system that is tried, as it does when a server starts.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo funtainer doctor
+  funtainer doctor --output json
+
+Exit codes: 0 a server can start here, 1 it cannot, 2 wrong usage.")]
+pub(crate) struct Doctor {
+    /// Data directory that the server is to have; it need not be there
+    #[arg(long, value_name = "DIR", default_value = DATA_DEFAULT)]
+    pub(crate) data: PathBuf,
+}
+
 /// The unprivileged side of the server; started by `serve`, not by hand
 #[derive(Debug, Args)]
 pub(crate) struct Daemon {
@@ -530,6 +549,8 @@ mod tests {
         for line in [
             "serve",
             "serve --listen 127.0.0.1:0 --admin /tmp/a.sock --data /tmp/d",
+            "doctor",
+            "doctor --data /tmp/d --output json",
             "deploy f --image i",
             "deploy f --image i --port 80 --contract stdio --env A=b --env C=d=e --arg -x --arg y --memory 64M --concurrency 3 --min 1 --max 2 --idle-timeout 10s --timeout 1m",
             "image import dir",
@@ -631,7 +652,7 @@ mod tests {
     fn help_shows_what_there_is() {
         let mut command = Cli::command().term_width(100);
         insta::assert_snapshot!("help", command.render_long_help().to_string());
-        for name in ["serve", "deploy", "invoke", "run", "exec", "scale"] {
+        for name in ["serve", "deploy", "invoke", "run", "exec", "scale", "doctor"] {
             let subcommand = command.find_subcommand_mut(name).unwrap();
             insta::assert_snapshot!(format!("help_{name}"), subcommand.render_long_help().to_string());
         }

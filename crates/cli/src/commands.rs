@@ -1,5 +1,6 @@
 //! The commands that ask a server.
 
+mod doctor;
 mod exec;
 mod image;
 mod invoke;
@@ -19,6 +20,7 @@ use crate::args::{Command, Container, ContractArg, Deploy, Host, Logs, Output};
 use crate::progress::{Show, size};
 use crate::{client, streams};
 
+pub(crate) use doctor::doctor;
 pub(crate) use session::exit_of;
 
 /// What a request without body has for one.
@@ -56,7 +58,7 @@ pub(crate) async fn run(host: &Host, form: Output, command: Command) -> anyhow::
         Command::Images => images(host, form).await?,
         Command::Image(crate::args::Image::Import(import)) => image::import(host, form, import).await?,
         Command::Version => version(host, form).await?,
-        Command::Serve(_) | Command::Daemon(_) => unreachable!("not asked of a server"),
+        Command::Serve(_) | Command::Daemon(_) | Command::Doctor(_) => unreachable!("not asked of a server"),
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -87,7 +87,10 @@ fn hint_for_keeper(error: &KeeperError) -> Option<&'static str> {
         KeeperError::Locked { .. } => Some("stop that server, or choose another directory with --data"),
         KeeperError::Data { .. } | KeeperError::Foreign { .. } => Some("choose another directory with --data"),
         KeeperError::Admin { .. } => Some("choose another place with --admin"),
-        _ => None,
+        KeeperError::Missing(_) | KeeperError::Cgroup(_) | KeeperError::Step(_) => {
+            Some("`funtainer doctor` names everything that this machine lacks, and how to get it")
+        }
+        KeeperError::Threads | KeeperError::Title(_) => None,
     }
 }
 

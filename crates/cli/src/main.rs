@@ -24,6 +24,7 @@ fn main() -> ExitCode {
     let result = match command {
         Command::Serve(serve) => serve::serve(serve),
         Command::Daemon(daemon) => daemon::daemon(&daemon),
+        Command::Doctor(doctor) => commands::doctor(output, &doctor),
         command => ask(&host, output, command),
     };
     match result {
