@@ -271,7 +271,7 @@ impl Keeper {
         let failed = |step| move |errno| refusal(StepError { step, errno });
         let (ours, theirs) = fds::pair().map_err(failed("make a zygote's socket"))?;
         let nest = self.cgroups.nest(&format!("zygote-{key}"), base).map_err(|error| cgroup_refusal(&error))?;
-        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd(), group: nest.cradle() };
+        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd(), owner: base, group: nest.cradle() };
         // SAFETY: the keeper has one thread, as was checked at its start.
         let forked = match unsafe { zygote::fork(&plan) } {
             Ok(forked) => forked,
