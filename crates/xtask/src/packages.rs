@@ -37,6 +37,7 @@ pub(crate) const TEST: &[Tool] = &[
     tool("fsck.erofs", "erofs-utils"),
     tool("setfattr", "attr"),
     tool("unshare", "util-linux"),
+    tool("ip", "iproute2"),
     tool("runc", "runc"),
     tool("nginx", "nginx-light"),
     tool("wrk", "wrk"),
