@@ -38,6 +38,8 @@ pub(crate) const TEST: &[Tool] = &[
     tool("setfattr", "attr"),
     tool("unshare", "util-linux"),
     tool("ip", "iproute2"),
+    tool("nft", "nftables"),
+    tool("iptables", "iptables"),
     tool("runc", "runc"),
     tool("nginx", "nginx-light"),
     tool("wrk", "wrk"),

@@ -147,6 +147,22 @@ impl Tree {
         Ok(self)
     }
 
+    /// A file with its content and an extended attribute, such as `security.capability`.
+    pub fn file_with_xattr(mut self, path: &str, mode: u32, content: &[u8], xattr: (&str, &[u8])) -> Result<Self> {
+        let key = format!("SCHILY.xattr.{}", xattr.0);
+        self.archive.append_pax_extensions([(key.as_str(), xattr.1)])?;
+        self.file(path, mode, content)
+    }
+
+    /// A directory that belongs to a user; parents must be given before.
+    pub fn directory_of(mut self, path: &str, mode: u32, uid: u64, gid: u64) -> Result<Self> {
+        let mut header = header(EntryType::Directory, mode, 0);
+        header.set_uid(uid);
+        header.set_gid(gid);
+        self.append(header, path, &[])?;
+        Ok(self)
+    }
+
     /// Removes a path of the layers below (OCI image specification, "Whiteouts").
     pub fn whiteout(self, path: &str) -> Result<Self> {
         let path = Path::new(path);

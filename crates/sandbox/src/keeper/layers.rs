@@ -36,6 +36,11 @@ pub(super) struct Lent {
 }
 
 impl Lent {
+    /// Puts a layer that is the zygote's alone on top of the image's.
+    pub(super) fn cover(&mut self, layer: Mounted) {
+        self.mapped.insert(0, layer);
+    }
+
     /// Uppermost first.
     pub(super) fn mapped(&self) -> &[Mounted] {
         &self.mapped
