@@ -59,6 +59,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) name: &'a str,
     /// The zygote's end of its pair.
     pub(crate) socket: BorrowedFd<'a>,
+    /// Host id that its user namespace belongs to: that of its own root.
+    pub(crate) owner: u32,
     /// The control group that it is born in, where it has one.
     pub(crate) group: Option<BorrowedFd<'a>>,
     /// Where instances see their control groups; a mount for each comes with a start.
@@ -77,10 +79,14 @@ pub(crate) struct Forked {
 /// # Safety
 /// No other thread may run in this process.
 pub(crate) unsafe fn fork(plan: &Plan<'_>) -> Result<Forked, Errno> {
+    let owner = userns::Owner::assume(plan.owner)?;
     // SAFETY: the caller promises one thread; the child ends in `live`, which does not return.
-    match unsafe { clone3_into(OWN_NAMESPACES, plan.group) }? {
+    let cloned = unsafe { clone3_into(OWN_NAMESPACES, plan.group) };
+    match cloned? {
         Cloned::Parent { pid, pidfd } => Ok(Forked { pid, pidfd }),
         Cloned::Child => {
+            // Its ids are those of its own namespace from here on.
+            std::mem::forget(owner);
             // A panic must not unwind into the keeper's frames.
             let _ = std::panic::catch_unwind(AssertUnwindSafe(|| live(plan)));
             exit()

@@ -311,7 +311,8 @@ impl Keeper {
         let failed = |step| move |errno| refusal(StepError { step, errno });
         let (ours, theirs) = fds::pair().map_err(failed("make a zygote's socket"))?;
         let nest = self.cgroups.nest(&format!("zygote-{key}"), base).map_err(|error| cgroup_refusal(&error))?;
-        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd(), group: nest.cradle(), views: nest.views() };
+        let (group, views) = (nest.cradle(), nest.views());
+        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd(), owner: base, group, views };
         // SAFETY: the keeper has one thread, as was checked at its start.
         let forked = match unsafe { zygote::fork(&plan) } {
             Ok(forked) => forked,
