@@ -240,7 +240,8 @@ impl Bus {
 
     /// SASL's EXTERNAL: the kernel tells the other side who this is, the name is said in hex digits of its decimal digits.
     fn authenticate(&mut self, uid: u32) -> Result<(), BusError> {
-        let name: String = uid.to_string().bytes().map(|byte| format!("{byte:02x}")).collect();
+        // A digit's code in hex is 3 and the digit.
+        let name: String = uid.to_string().chars().flat_map(|digit| ['3', digit]).collect();
         self.write(format!("\0AUTH EXTERNAL {name}\r\n").as_bytes())?;
         let mut line = Vec::new();
         while !line.ends_with(b"\r\n") {

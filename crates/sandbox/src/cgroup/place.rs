@@ -43,7 +43,7 @@ pub struct Settled {
 
 /// Why a place cannot be had.
 #[derive(Debug, thiserror::Error)]
-enum PlaceError {
+pub(super) enum PlaceError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error("control group {0} has processes of another pid namespace")]
@@ -160,7 +160,7 @@ fn read_all(path: &Path) -> Result<String, Errno> {
 }
 
 /// Lets groups at the root of a tree that no systemd manages have controllers.
-fn open_tree(mount: &Path, own: Option<&Path>) -> Result<(), PlaceError> {
+pub(super) fn open_tree(mount: &Path, own: Option<&Path>) -> Result<(), PlaceError> {
     let directory = open_root(mount)?;
     let offer = Offer::of(directory.as_fd());
     let enabled = offer.enable(directory.as_fd());
