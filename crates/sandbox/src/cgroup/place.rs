@@ -26,7 +26,7 @@ pub const LEAF: &str = "keeper";
 /// How often processes are moved until none is left: they may fork meanwhile.
 const ROUNDS_MAX: usize = 100;
 /// How long systemd may take to move this process into a scope, or to forget an old one.
-const SCOPE_WAIT: Duration = Duration::from_secs(5);
+const SCOPE_WAIT: Duration = Duration::from_secs(25);
 /// A pause between two looks.
 const LOOK: Duration = Duration::from_millis(2);
 /// Where systemd says that it runs (sd_booted(3)).
