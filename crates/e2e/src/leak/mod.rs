@@ -198,7 +198,9 @@ impl Subject<'_> {
         for data in &self.data {
             let id = data.join("id");
             if let Some(id) = if_there(fs::read_to_string(&id)).with_context(|| format!("cannot read {}", id.display()))? {
-                names.insert(format!("funtainer-{}", id.trim()));
+                let name = format!("funtainer-{}", id.trim());
+                // The second one where systemd has made a scope for the server.
+                names.extend([format!("{name}.scope"), name]);
             }
         }
         Ok(names)
