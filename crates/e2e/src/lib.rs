@@ -13,6 +13,7 @@ pub mod leak;
 pub mod load;
 pub mod paths;
 pub mod process;
+pub mod pty;
 pub mod registry;
 pub mod server;
 pub mod wait;

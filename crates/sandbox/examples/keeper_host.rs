@@ -33,13 +33,13 @@ fn main() -> ExitCode {
 fn serve(admin: &str, data: &str) -> Result<ExitCode, Box<dyn Error>> {
     let mounts = if std::env::var_os("KEEPER_HOST_OLDEST").is_some() { Features::OLDEST } else { Features::NEWEST };
     let ended = run(KeeperSettings {
-        listen: "127.0.0.1:0".parse()?,
+        listen: Some("127.0.0.1:0".parse()?),
         admin: admin.into(),
         data: data.into(),
         daemon: vec!["keeper_host".into(), "daemon".into()],
         mounts,
         announce: |address| {
-            println!("listening on http://{address}");
+            println!("listening on http://{}", address.expect("it was asked for"));
             // A closed pipe is the reader's affair.
             let _ = std::io::stdout().flush();
         },

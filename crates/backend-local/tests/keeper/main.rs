@@ -38,7 +38,7 @@ fn main() -> ExitCode {
 
 fn run_keeper(directory: &Path) -> Result<()> {
     let settings = KeeperSettings {
-        listen: "127.0.0.1:0".parse()?,
+        listen: Some("127.0.0.1:0".parse()?),
         admin: directory.join("admin.sock"),
         data: directory.join("data"),
         daemon: ["keeper-test", "daemon"].map(Into::into).to_vec(),

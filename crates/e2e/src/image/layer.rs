@@ -111,6 +111,19 @@ impl Tree {
         Ok(self)
     }
 
+    /// A program with capabilities: those whose numbers are the bits of `capabilities` become permitted and effective (capabilities(7)).
+    pub fn capable_file(mut self, path: &str, content: &[u8], capabilities: u64) -> Result<Self> {
+        // struct vfs_cap_data: VFS_CAP_REVISION_2 with the flag "effective", then permitted and inheritable, lower halves first.
+        let fields = [0x0200_0001, capabilities as u32, 0, (capabilities >> 32) as u32, 0];
+        let value: Vec<u8> = fields.iter().flat_map(|field: &u32| field.to_le_bytes()).collect();
+        let record = [b"SCHILY.xattr.security.capability=", &value[..], b"\n"].concat();
+        // A record begins with its length in decimal, itself and a space included: two digits here.
+        let record = [format!("{} ", record.len() + 3).as_bytes(), &record].concat();
+        let extended = header(EntryType::XHeader, 0o644, record.len());
+        self.append(extended, &format!("{path}.pax"), &record)?;
+        self.file(path, 0o755, content)
+    }
+
     /// A symbolic link.
     pub fn symlink(mut self, path: &str, target: &str) -> Result<Self> {
         let mut header = header(EntryType::Symlink, 0o777, 0);
