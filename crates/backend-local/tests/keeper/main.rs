@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use funtainer_sandbox::keeper::{self, KeeperSettings, NetworkSettings};
-use funtainer_sandbox::mount::Features;
 
 /// Everything together takes about three seconds.
 const DEADLINE: Duration = Duration::from_mins(2);
@@ -41,7 +40,6 @@ fn run_keeper(directory: &Path) -> Result<()> {
     let settings = KeeperSettings {
         // The tests leave the machine's network alone.
         network: NetworkSettings::default(),
-        mounts: Features::NEWEST,
         listen: "127.0.0.1:0".parse()?,
         admin: directory.join("admin.sock"),
         data: directory.join("data"),
