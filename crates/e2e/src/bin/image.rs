@@ -30,6 +30,9 @@ enum Example {
     Python,
     /// A shell script on busybox, for contract stdio.
     Upper,
+    /// The server of the tests, which is no example.
+    #[value(hide = true)]
+    Probe,
 }
 
 fn main() -> ExitCode {
@@ -42,6 +45,7 @@ fn write() -> Result<()> {
         Example::Hello => ("hello", catalog::hello()?),
         Example::Python => ("python", catalog::python()?),
         Example::Upper => ("upper", catalog::upper()?),
+        Example::Probe => ("probe", catalog::probe(&[], &[])?),
     };
     let directory = directory.unwrap_or_else(|| paths::repository().join("target/images").join(name));
     if directory.exists() {
