@@ -105,9 +105,10 @@ impl Payload {
         }
         let chosen = |source: &Path| {
             let name = source.file_stem().and_then(OsStr::to_str);
-            selection
-                .programs
-                .map_or_else(|| !left_out::program(package, source), |names| name.is_some_and(|name| names.contains(&name)))
+            match selection.programs {
+                Some(names) => name.is_some_and(|name| names.contains(&name)),
+                None => left_out::of(package, source).all(|left_out| left_out.test.is_some()),
+            }
         };
         let programs: Vec<_> = programs.into_iter().filter(|(source, _)| chosen(source)).collect();
         ensure!(!programs.is_empty(), "{package} has no such tests");
