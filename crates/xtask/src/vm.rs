@@ -38,7 +38,7 @@ pub(crate) struct Options {
     /// The tests to run; without it, the command after `--`.
     #[arg(value_enum)]
     suite: Option<Suite>,
-    /// Only tests whose name contains one of these texts.
+    /// Only tests whose name contains one of these texts, or all of a test program of that name.
     #[arg(requires = "suite")]
     filters: Vec<String>,
     /// Boot with systemd as process 1, instead of a script that mounts what an init mounts.

@@ -51,6 +51,12 @@ const LEFT_OUT: &[LeftOut] = &[
         "twelve daemons take minutes to start; one is killed by another test",
     ),
     test("tests/crash.rs", "a_second_server_in_the_same_place_is_refused", "files and ports, the same everywhere"),
+    test(
+        "tests/images.rs",
+        "commands_that_cannot_run",
+        "its images come from a registry; the sandbox's own tests have the errors of exec",
+    ),
+    test("tests/images.rs", "a_server_that_never_listens", "its image comes from a registry; a limit of the engine's"),
     test("tests/images.rs", "a_deaf_process_is_killed", "waits for ten seconds of the product's"),
     test("tests/images.rs", "images_that_are_not_there", "the registry's client"),
     test("tests/images.rs", "names_are_resolved_at_each_deploy_and_imports_are_kept", "the registry's client"),

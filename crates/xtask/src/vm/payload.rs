@@ -30,7 +30,7 @@ const SCRIPTS: [(&str, &str); 3] = [
 pub(crate) struct Selection<'a> {
     /// The test programs, by the name of their source file without its extension; `None` for all.
     pub(crate) programs: Option<&'a [&'a str]>,
-    /// Only tests whose name contains one of these texts, if there are any.
+    /// Only tests whose name contains one of these texts, or which are in a test program of such a name, if there are any.
     pub(crate) filters: &'a [String],
     /// More arguments of the test programs.
     pub(crate) words: &'a [OsString],
@@ -99,16 +99,14 @@ impl Payload {
     /// Builds a package's tests and runs them as `cargo test --no-fail-fast` does, but for [`left_out`].
     pub(crate) fn tests(&mut self, package: &str, selection: &Selection<'_>) -> Result<()> {
         let Tests { directory, programs, helpers } = build::tests(package)?;
-        let mut arguments = String::new();
-        for word in selection.filters.iter().map(OsStr::new).chain(selection.words.iter().map(OsString::as_os_str)) {
-            write!(arguments, " {}", quoted(word)?)?;
-        }
-        let chosen = |source: &Path| {
-            let name = source.file_stem().and_then(OsStr::to_str);
-            match selection.programs {
-                Some(names) => name.is_some_and(|name| names.contains(&name)),
-                None => left_out::of(package, source).all(|left_out| left_out.test.is_some()),
-            }
+        let name = |source: &Path| source.file_stem().and_then(OsStr::to_str).unwrap_or_default().to_owned();
+        let named: Vec<_> =
+            programs.iter().map(|(source, _)| name(source)).filter(|name| selection.filters.contains(name)).collect();
+        let texts: Vec<_> = selection.filters.iter().filter(|text| !named.contains(text)).collect();
+        let chosen = |source: &Path| match selection.programs {
+            Some(listed) => listed.contains(&name(source).as_str()),
+            None if texts.is_empty() && !named.is_empty() => named.contains(&name(source)),
+            None => left_out::of(package, source).all(|left_out| left_out.test.is_some()),
         };
         let programs: Vec<_> = programs.into_iter().filter(|(source, _)| chosen(source)).collect();
         ensure!(!programs.is_empty(), "{package} has no such tests");
@@ -120,7 +118,11 @@ impl Payload {
             writeln!(self.commands, "mkdir -p {}", quoted(scratch.as_os_str())?)?;
             let title = format!("     Running {}", source.strip_prefix(&self.top).unwrap_or(&source).display());
             writeln!(self.commands, "echo {}", quoted(OsStr::new(&title))?)?;
-            let mut arguments = arguments.clone();
+            let mut arguments = String::new();
+            let texts = texts.iter().filter(|_| !named.contains(&name(&source))).map(OsStr::new);
+            for word in texts.chain(selection.words.iter().map(OsString::as_os_str)) {
+                write!(arguments, " {}", quoted(word)?)?;
+            }
             for left_out in left_out::of(package, &source) {
                 if let Some(test) = left_out.test {
                     write!(arguments, " --skip {test}")?;
