@@ -14,6 +14,7 @@ pub mod load;
 pub mod network;
 pub mod paths;
 pub mod process;
+pub mod pty;
 pub mod registry;
 pub mod server;
 pub mod wait;

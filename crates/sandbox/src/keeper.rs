@@ -88,8 +88,8 @@ const TOKEN_ZYGOTES: u64 = 16;
 /// How `funtainer serve` is set up.
 #[derive(Debug, Clone)]
 pub struct KeeperSettings {
-    /// Where calls come in; port 0 lets the kernel choose.
-    pub listen: SocketAddr,
+    /// Where calls come in, port 0 lets the kernel choose; `None` for calls through the admin socket alone.
+    pub listen: Option<SocketAddr>,
     /// Path of the admin socket.
     pub admin: PathBuf,
     /// Data directory.
@@ -100,8 +100,8 @@ pub struct KeeperSettings {
     pub network: NetworkSettings,
     /// The newest ways to mount that are tried: [`Features::NEWEST`]; a test can ask for those of an older kernel.
     pub mounts: Features,
-    /// Told once, when the first daemon accepts calls.
-    pub announce: fn(SocketAddr),
+    /// Told once, when the first daemon accepts calls, with the address that was bound.
+    pub announce: fn(Option<SocketAddr>),
     /// Told what an operator should know, as one line without its end.
     pub log: fn(&str),
 }
@@ -177,7 +177,7 @@ pub enum KeeperError {
         path: PathBuf,
     },
     /// The range of addresses for instances is not free.
-    #[error("{0}: name another one with --network-range, or none to take a free one")]
+    #[error("{0}")]
     Range(String),
     /// Control groups cannot be used.
     #[error(transparent)]
@@ -229,7 +229,7 @@ struct Keeper {
     signals: OwnedFd,
     data: DataDirectory,
     cgroups: Hierarchy,
-    address: SocketAddr,
+    address: Option<SocketAddr>,
     tcp: Vec<OwnedFd>,
     admin: Admin,
     daemon: Option<Daemon>,
@@ -306,17 +306,18 @@ impl Keeper {
             )),
             Err(error) => (settings.log)(&format!("loop devices of an earlier server cannot be looked for: {error}")),
         }
-        let (Tcp { address, sockets: tcp }, admin) =
-            match listen::tcp(settings.listen).and_then(|tcp| Ok((tcp, listen::admin(&settings.admin)?))) {
-                Ok(listening) => listening,
-                Err(error) => {
-                    // Both errors are told: the first is the one to act on.
-                    if let Err(left) = cgroups.close() {
-                        (settings.log)(&format!("a control group remains: {left}"));
-                    }
-                    return Err(error);
+        let tcp = settings.listen.map(listen::tcp).transpose();
+        let (tcp, admin) = match tcp.and_then(|tcp| Ok((tcp, listen::admin(&settings.admin)?))) {
+            Ok(listening) => listening,
+            Err(error) => {
+                // Both errors are told: the first is the one to act on.
+                if let Err(left) = cgroups.close() {
+                    (settings.log)(&format!("a control group remains: {left}"));
                 }
-            };
+                return Err(error);
+            }
+        };
+        let (address, tcp) = tcp.map_or((None, Vec::new()), |Tcp { address, sockets }| (Some(address), sockets));
         let networks = Networks::new(settings.network.clone());
         Ok(Self {
             settings,

@@ -7,6 +7,7 @@
 pub mod cgroup;
 mod clone;
 pub mod daemon;
+pub mod doctor;
 mod exec;
 mod executable;
 pub mod fds;

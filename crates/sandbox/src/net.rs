@@ -17,6 +17,7 @@ mod firewall;
 mod foreign;
 mod host;
 mod link;
+pub(crate) mod look;
 mod messages;
 mod netlink;
 mod nft;

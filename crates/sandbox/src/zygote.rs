@@ -25,6 +25,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
+use crate::cgroup::{self, GROUPS_MAX, ViewName};
 use crate::clone::{Cloned, clone3_into};
 use crate::fds::{self, Fds};
 use crate::init::{self, FULL, NO_STATUS, Prepared, RUNNING, Start};
@@ -58,8 +59,12 @@ pub(crate) struct Plan<'a> {
     pub(crate) name: &'a str,
     /// The zygote's end of its pair.
     pub(crate) socket: BorrowedFd<'a>,
+    /// Host id that its user namespace belongs to: that of its own root.
+    pub(crate) owner: u32,
     /// The control group that it is born in, where it has one.
     pub(crate) group: Option<BorrowedFd<'a>>,
+    /// Where instances see their control groups; a mount for each comes with a start.
+    pub(crate) views: Vec<ViewName>,
 }
 
 /// A zygote as its parent sees it.
@@ -74,10 +79,14 @@ pub(crate) struct Forked {
 /// # Safety
 /// No other thread may run in this process.
 pub(crate) unsafe fn fork(plan: &Plan<'_>) -> Result<Forked, Errno> {
+    let owner = userns::Owner::assume(plan.owner)?;
     // SAFETY: the caller promises one thread; the child ends in `live`, which does not return.
-    match unsafe { clone3_into(OWN_NAMESPACES, plan.group) }? {
+    let cloned = unsafe { clone3_into(OWN_NAMESPACES, plan.group) };
+    match cloned? {
         Cloned::Parent { pid, pidfd } => Ok(Forked { pid, pidfd }),
         Cloned::Child => {
+            // Its ids are those of its own namespace from here on.
+            std::mem::forget(owner);
             // A panic must not unwind into the keeper's frames.
             let _ = std::panic::catch_unwind(AssertUnwindSafe(|| live(plan)));
             exit()
@@ -98,11 +107,11 @@ fn live(plan: &Plan<'_>) {
     // SAFETY: the line above put the socket there, nothing else owns the number, and the process lives no longer than this function.
     let socket = unsafe { BorrowedFd::borrow_raw(SOCKET) };
     let mut buffer = [0_u8; DATAGRAM_BYTES];
-    match fds::receive(socket, &mut buffer, RecvFlags::empty()) {
-        Ok(Some(received)) if Order::decode(&buffer[..received.bytes]) == Some(Order::SetUp) => {}
+    let seat = match fds::receive(socket, &mut buffer, RecvFlags::empty()) {
+        Ok(Some(mut received)) if Order::decode(&buffer[..received.bytes]) == Some(Order::SetUp) => received.fds.take(0),
         _ => return,
-    }
-    let mut zygote = match Zygote::set_up(plan, socket) {
+    };
+    let mut zygote = match Zygote::set_up(plan, socket, seat) {
         Ok(zygote) => zygote,
         Err(StepError { step, errno }) => {
             // Without a reader nobody wants to know.
@@ -172,6 +181,8 @@ struct Zygote<'a> {
     signals: OwnedFd,
     prepared: Prepared,
     streams: Streams,
+    /// How many views of control groups come with a start.
+    views: usize,
     sockets: SocketCounts,
     statuses: Statuses,
     instances: Vec<Instance>,
@@ -187,7 +198,7 @@ struct Zygote<'a> {
 }
 
 impl<'a> Zygote<'a> {
-    fn set_up(plan: &Plan<'_>, socket: BorrowedFd<'a>) -> Result<Self, StepError> {
+    fn set_up(plan: &Plan<'_>, socket: BorrowedFd<'a>, seat: Option<OwnedFd>) -> Result<Self, StepError> {
         userns::become_root()?;
         // With all that are forked from here: nobody below opens their `/proc/PID/exe`, memory or descriptors.
         userns::not_dumpable()?;
@@ -197,10 +208,10 @@ impl<'a> Zygote<'a> {
         let signals = signals::descriptor(&children).map_err(at("make a signalfd"))?;
         // Before the mounts: a sysfs belongs to a network namespace, and may be mounted by who owns that.
         let spare = Some(new_network()?);
-        minimal_root()?;
+        minimal_root(&plan.views, seat)?;
         let limit = rustix::fs::open("/proc/sys/user/max_user_namespaces", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
         limit.and_then(|file| rustix::io::write(file, b"0")).map_err(at("forbid nested user namespaces"))?;
-        let prepared = Prepared::new(plan.spec, Filter::compile(&seccomp::DEFAULT), plan.title);
+        let prepared = Prepared::new(plan.spec, &plan.views, Filter::compile(&seccomp::DEFAULT), plan.title);
         let statuses = Statuses::new(INSTANCES_MAX).map_err(at("map the shared page"))?;
         let pids = Statuses::new(EXECS_MAX).map_err(at("map the shared page"))?;
         // SAFETY: one thread, which reads neither arguments nor environment.
@@ -214,6 +225,7 @@ impl<'a> Zygote<'a> {
             signals,
             prepared,
             streams: plan.spec.streams,
+            views: plan.views.len(),
             sockets: plan.spec.sockets,
             statuses,
             instances: Vec::new(),
@@ -389,6 +401,10 @@ impl<'a> Zygote<'a> {
             Streams::Call => [Some(next()?), Some(next()?), Some(next()?)],
             Streams::Terminal(_) => [None, None, None],
         };
+        let mut views = [const { None }; GROUPS_MAX];
+        for view in views.iter_mut().take(self.views) {
+            *view = Some(next()?);
+        }
         let group = if born { Some(next()?) } else { None };
         let network = self.network(network)?;
         let Some(place) = self.statuses.take() else {
@@ -399,7 +415,7 @@ impl<'a> Zygote<'a> {
         // SAFETY: this process has one thread, and the child ends in `init::run`, which does not return.
         match unsafe { clone3_into(INIT_NAMESPACES, group.as_ref().map(AsFd::as_fd)) } {
             Ok(Cloned::Child) => {
-                let start = Start { root, daemon, streams, doors: descriptors, status, network: prepared };
+                let start = Start { root, daemon, streams, views, doors: descriptors, status, network: prepared };
                 // A panic must not unwind into the zygote's frames.
                 let _ = std::panic::catch_unwind(AssertUnwindSafe(|| init::run(&self.prepared, start)));
                 exit()
@@ -545,7 +561,7 @@ fn new_network() -> Result<Network, StepError> {
 }
 
 /// Builds the zygote's root on the place of the host's `/sys`, which every machine has, and moves into it.
-fn minimal_root() -> Result<(), StepError> {
+fn minimal_root(views: &[ViewName], seat: Option<OwnedFd>) -> Result<(), StepError> {
     mount::make_private()?;
     // While the host's whole ones are in sight.
     let (proc, sys) = (mount::procfs()?, mount::sysfs()?);
@@ -560,6 +576,10 @@ fn minimal_root() -> Result<(), StepError> {
     mount::attach(proc.as_fd(), mount::target(root.as_fd(), c"proc")?.as_fd())?;
     mount::attach(sys.as_fd(), mount::target(root.as_fd(), c"sys")?.as_fd())?;
     mount::device_tree(c"/dev", c"/sys/dev")?;
+    if init::has_view_tree(views) {
+        let place = mount::target(root.as_fd(), c"cgroup")?;
+        cgroup::tree(place.as_fd(), views, seat.as_ref().map(AsFd::as_fd))?;
+    }
     mount::pivot(root.as_fd())
 }
 

@@ -283,7 +283,12 @@ impl Keeper {
                 };
                 self.zygotes.by_key.insert(key, zygote);
                 self.zygotes.by_revision.insert(revision, key);
-                self.order(key, Order::SetUp, &[]);
+                let seat = self.cgroups.seat(pid).unwrap_or_else(|error| {
+                    self.log(&format!("a zygote (pid {pid}) has no seat: {error}"));
+                    None
+                });
+                let seat: Vec<BorrowedFd<'_>> = seat.iter().map(AsFd::as_fd).collect();
+                self.order(key, Order::SetUp, &seat);
             }
             Err(refused) => {
                 self.zygotes.slots.release(&function);
@@ -306,7 +311,8 @@ impl Keeper {
         let failed = |step| move |errno| refusal(StepError { step, errno });
         let (ours, theirs) = fds::pair().map_err(failed("make a zygote's socket"))?;
         let nest = self.cgroups.nest(&format!("zygote-{key}"), base).map_err(|error| cgroup_refusal(&error))?;
-        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd(), group: nest.cradle() };
+        let (group, views) = (nest.cradle(), nest.views());
+        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd(), owner: base, group, views };
         // SAFETY: the keeper has one thread, as was checked at its start.
         let forked = match unsafe { zygote::fork(&plan) } {
             Ok(forked) => forked,
