@@ -102,12 +102,15 @@ pub fn sysfs() -> Result<OwnedFd, StepError> {
     create(&open(c"sysfs", "fsopen sysfs")?, INERT | MountAttrFlags::MOUNT_ATTR_RDONLY, "create a sysfs")
 }
 
+/// Most terminals of an instance: the kernel has some 3,000 for all (sysctl `kernel.pty.max` less `kernel.pty.reserve`).
+const TERMINALS_MAX: &CStr = c"256";
+
 /// A new devpts with a `ptmx` of its own that everybody may open; terminals belong to group 5 (`tty` in all distributions).
 ///
 /// Neither allocates nor locks: may be called between clone and exec.
 pub fn devpts() -> Result<OwnedFd, StepError> {
     let context = open(c"devpts", "fsopen devpts")?;
-    for (key, value) in [(c"ptmxmode", c"0666"), (c"mode", c"0620"), (c"gid", c"5")] {
+    for (key, value) in [(c"ptmxmode", c"0666"), (c"mode", c"0620"), (c"gid", c"5"), (c"max", TERMINALS_MAX)] {
         fsconfig_set_string(&context, key, value).map_err(at("set an option of a devpts"))?;
     }
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;

@@ -111,7 +111,9 @@ fn live(plan: &Plan<'_>) {
         Ok(Some(mut received)) if Order::decode(&buffer[..received.bytes]) == Some(Order::SetUp) => received.fds.take(0),
         _ => return,
     };
-    let mut zygote = match Zygote::set_up(plan, socket, seat) {
+    let made = Zygote::set_up(plan, socket, seat.as_ref().map(AsFd::as_fd));
+    drop(seat);
+    let mut zygote = match made {
         Ok(zygote) => zygote,
         Err(StepError { step, errno }) => {
             // Without a reader nobody wants to know.
@@ -198,7 +200,7 @@ struct Zygote<'a> {
 }
 
 impl<'a> Zygote<'a> {
-    fn set_up(plan: &Plan<'_>, socket: BorrowedFd<'a>, seat: Option<OwnedFd>) -> Result<Self, StepError> {
+    fn set_up(plan: &Plan<'_>, socket: BorrowedFd<'a>, seat: Option<BorrowedFd<'_>>) -> Result<Self, StepError> {
         userns::become_root()?;
         // With all that are forked from here: nobody below opens their `/proc/PID/exe`, memory or descriptors.
         userns::not_dumpable()?;
@@ -561,7 +563,7 @@ fn new_network() -> Result<Network, StepError> {
 }
 
 /// Builds the zygote's root on the place of the host's `/sys`, which every machine has, and moves into it.
-fn minimal_root(views: &[ViewName], seat: Option<OwnedFd>) -> Result<(), StepError> {
+fn minimal_root(views: &[ViewName], seat: Option<BorrowedFd<'_>>) -> Result<(), StepError> {
     mount::make_private()?;
     // While the host's whole ones are in sight.
     let (proc, sys) = (mount::procfs()?, mount::sysfs()?);
@@ -578,7 +580,7 @@ fn minimal_root(views: &[ViewName], seat: Option<OwnedFd>) -> Result<(), StepErr
     mount::device_tree(c"/dev", c"/sys/dev")?;
     if init::has_view_tree(views) {
         let place = mount::target(root.as_fd(), c"cgroup")?;
-        cgroup::tree(place.as_fd(), views, seat.as_ref().map(AsFd::as_fd))?;
+        cgroup::tree(place.as_fd(), views, seat)?;
     }
     mount::pivot(root.as_fd())
 }
