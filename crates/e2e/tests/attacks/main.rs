@@ -18,7 +18,7 @@ use anyhow::{Context, Result, ensure};
 use funtainer_e2e::image::{Compression, Config, Image, Tree};
 use funtainer_e2e::process;
 use funtainer_e2e::server::Server;
-use funtainer_e2e::world::{World, scenario};
+use funtainer_e2e::world::{World, scenario_in};
 
 /// The program.
 const ATTACKER: &str = env!("CARGO_BIN_EXE_attacker");
@@ -53,10 +53,18 @@ enum Outcome {
 
 /// A server with the image `attacker:1`: the program, and what an attack needs to lie around.
 fn with_attacker(test: impl FnOnce(&World, &Server) -> Result<()>) -> Result<()> {
-    scenario(|world| {
+    with_attacker_on(|| Ok(()), |world, server, ()| test(world, server))
+}
+
+/// As [`with_attacker`], on a machine that has something in its network.
+fn with_attacker_on<T>(
+    machine: impl FnOnce() -> Result<T>,
+    test: impl FnOnce(&World, &Server, &T) -> Result<()>,
+) -> Result<()> {
+    scenario_in(machine, |world, machine| {
         let server = world.serve()?;
         server.import(&image(Tree::new(), &["/attacker"])?, "attacker:1")?;
-        test(world, &server)
+        test(world, &server, machine)
     })
 }
 
