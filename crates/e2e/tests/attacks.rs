@@ -4,10 +4,15 @@
 //! once without `no_new_privs`: every one must be held. [`get_through`] runs the same list outside, in namespaces of the test's own so that nothing
 //! of the machine is changed: every one must get through, but for those that this machine cannot show, which carry the reason.
 
+#[path = "attacks/bombs.rs"]
 mod bombs;
+#[path = "attacks/calls.rs"]
 mod calls;
+#[path = "attacks/escapes.rs"]
 mod escapes;
+#[path = "attacks/functions.rs"]
 mod functions;
+#[path = "attacks/privileges.rs"]
 mod privileges;
 
 use std::ffi::OsStr;
