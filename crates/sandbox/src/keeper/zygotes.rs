@@ -229,6 +229,7 @@ impl Keeper {
         let key = self.zygotes.next_key;
         match self.fork_zygote(key, base, title, spec) {
             Ok((Forked { pid, pidfd }, link, layers, nest)) => {
+                let views = nest.views();
                 self.zygotes.next_key += 1;
                 let now = Instant::now();
                 let zygote = Zygote {
@@ -256,8 +257,14 @@ impl Keeper {
                     self.log(&format!("a zygote (pid {pid}) has no seat: {error}"));
                     None
                 });
-                let seat: Vec<BorrowedFd<'_>> = seat.iter().map(AsFd::as_fd).collect();
-                self.order(key, Order::SetUp, &seat);
+                match views {
+                    Ok(views) => {
+                        let views: Vec<BorrowedFd<'_>> = views.iter().chain(&seat).map(AsFd::as_fd).collect();
+                        self.order(key, Order::SetUp, &views);
+                    }
+                    // Who waits for it is answered by its end.
+                    Err(error) => self.give_up(key, &error.to_string()),
+                }
             }
             Err(refused) => {
                 self.zygotes.slots.release(&function);
@@ -276,7 +283,8 @@ impl Keeper {
         let failed = |step| move |errno| refusal(StepError { step, errno });
         let (ours, theirs) = fds::pair().map_err(failed("make a zygote's socket"))?;
         let nest = self.cgroups.nest(&format!("zygote-{key}"), base).map_err(|error| cgroup_refusal(&error))?;
-        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd(), group: nest.cradle(), views: nest.views() };
+        let plan =
+            Plan { spec, title: self.title, name, socket: theirs.as_fd(), group: nest.cradle(), views: nest.view_names() };
         // SAFETY: the keeper has one thread, as was checked at its start.
         let forked = match unsafe { zygote::fork(&plan) } {
             Ok(forked) => forked,
