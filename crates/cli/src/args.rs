@@ -1,12 +1,13 @@
 //! The command line: what can be said, with help that teaches.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::num::{NonZeroU16, NonZeroU32};
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use funtainer_model::{ByteSize, Cpus, EgressRule, EnvVar, InstanceId, Network, QuantityError, TmpfsMount, parse_duration};
+use funtainer_sandbox::net::{Range, can_be_asked};
 
 /// Where a server is by default: its admin socket.
 pub(crate) const ADMIN_DEFAULT: &str = "/run/funtainer/admin.sock";
@@ -104,6 +105,15 @@ pub(crate) struct Serve {
     /// Process id of the parent, with which the server stops; for `run`, which starts one of its own
     #[arg(long, hide = true, value_name = "PID")]
     pub(crate) parent: Option<i32>,
+    /// Whether functions may reach what is outside of this machine; off leaves the machine's network alone
+    #[arg(long, value_name = "on|off", default_value_t = Network::On)]
+    pub(crate) network: Network,
+    /// Addresses for instances [default: a free range of 4,096 private ones, mostly of 10.208.0.0/12]
+    #[arg(long, value_name = "CIDR")]
+    pub(crate) network_range: Option<Range>,
+    /// Name server that functions ask; can be repeated [default: those of this machine]
+    #[arg(long, value_name = "ADDR", value_parser = resolver)]
+    pub(crate) dns: Vec<Ipv4Addr>,
 }
 
 /// Make a function of an image, or replace it
@@ -514,6 +524,11 @@ impl FromStr for Listen {
         let wrong = "write an IP address and a port up to 65535, such as 127.0.0.1:8080 or [::1]:8080, or none";
         address.map(|address| Self(Some(address))).map_err(|_| wrong)
     }
+}
+
+fn resolver(text: &str) -> Result<Ipv4Addr, &'static str> {
+    let server = text.parse().ok().filter(can_be_asked);
+    server.ok_or("write an IPv4 address that functions can reach, not one of this machine's loopback")
 }
 
 fn port(text: &str) -> Result<NonZeroU16, &'static str> {

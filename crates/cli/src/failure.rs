@@ -90,6 +90,7 @@ fn hint_for_keeper(error: &KeeperError) -> Option<&'static str> {
         KeeperError::Missing(_) | KeeperError::Cgroup(_) | KeeperError::Step(_) => {
             Some("`funtainer doctor` names everything that this machine lacks, and how to get it")
         }
+        KeeperError::Range(_) => Some("choose another range with --network-range, or none for a free one"),
         KeeperError::Threads | KeeperError::Title(_) => None,
     }
 }

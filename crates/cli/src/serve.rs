@@ -4,8 +4,10 @@ use std::io::Write as _;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
-use funtainer_sandbox::keeper::{self, KeeperSettings};
+use funtainer_sandbox::keeper::{self, KeeperSettings, NetworkSettings};
 use funtainer_sandbox::mount::Features;
+
+use funtainer_model::Network;
 
 use crate::args::Serve;
 
@@ -26,6 +28,7 @@ pub(crate) fn serve(serve: Serve) -> anyhow::Result<ExitCode> {
         data: serve.data,
         daemon: vec!["funtainer".into(), "daemon".into()],
         mounts: Features::NEWEST,
+        network: NetworkSettings { on: serve.network == Network::On, range: serve.network_range, resolvers: serve.dns },
         announce,
         log,
     };

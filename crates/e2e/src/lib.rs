@@ -11,6 +11,7 @@ pub mod http;
 pub mod image;
 pub mod leak;
 pub mod load;
+pub mod network;
 pub mod paths;
 pub mod process;
 pub mod pty;

@@ -81,7 +81,9 @@ fn root_is_told_what_there_is() -> Result<()> {
     is_well_formed(&report)?;
     ensure!(finished.code()? == 0 && report["sound"] == true, "{report:#}");
     ensure!(report["server_of"] == "root" && report["data"] == data.to_str().context("text")?, "{report:#}");
-    for feature in ["user namespaces", "seccomp", "data directory", "erofs layers", "overlay", "interface", "open files"] {
+    for feature in
+        ["user namespaces", "seccomp", "data directory", "erofs layers", "overlay", "interface", "nf_tables", "open files"]
+    {
         ensure!(finding(&report, feature)?["state"] != "missing", "{report:#}");
     }
     // The same for people.

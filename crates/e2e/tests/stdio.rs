@@ -26,7 +26,7 @@ fn post(server: &Server, name: &str, body: &[u8]) -> Result<Response> {
 
 /// Whether a process of this world has that title.
 fn runs(world: &World, title: &str) -> Result<bool> {
-    for pid in world.scope().members()? {
+    for pid in world.members()? {
         if parse::process(pid)?.is_some_and(|process| process.title == title) {
             return Ok(true);
         }

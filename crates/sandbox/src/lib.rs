@@ -14,6 +14,7 @@ pub mod fds;
 mod init;
 pub mod keeper;
 pub mod mount;
+pub mod net;
 pub mod netns;
 mod orders;
 mod program;
