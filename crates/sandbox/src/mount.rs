@@ -27,7 +27,7 @@ pub(crate) mod probe;
 mod workshop;
 
 pub use inside::{
-    DEVICES, MASKED, READ_ONLY, attach, bind_file, device_tree, make_private, mask_all, move_tree, part, pivot,
+    DEVICES, MASKED, READ_ONLY, attach, bind, bind_file, device_tree, make_private, mask_all, move_tree, part, pivot,
     remount_read_only, seal, target, view,
 };
 pub use layers::{Mounted, Mounts, Writable};
