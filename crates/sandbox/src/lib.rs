@@ -15,6 +15,7 @@ pub mod netns;
 mod orders;
 mod program;
 pub mod protocol;
+mod rootless;
 pub mod seccomp;
 mod signals;
 pub mod step;

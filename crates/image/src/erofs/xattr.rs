@@ -124,6 +124,19 @@ pub(super) fn is_opaque(xattrs: &[Xattr]) -> bool {
     })
 }
 
+/// Whether an attribute can be set on a file of another file system by root of a user namespace. Not so `trusted.*`, which nobody sees there,
+/// and what belongs to security modules of the host. Of overlayfs's own only the two marks above mean what they say.
+pub(super) fn is_for_files(Xattr { name, value }: &Xattr) -> bool {
+    if let Some(suffix) = name.strip_prefix(b"user.") {
+        return match suffix {
+            OPAQUE => value == b"y",
+            ORIGIN => value.is_empty(),
+            _ => !suffix.starts_with(OVERLAY),
+        };
+    }
+    matches!(&name[..], b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default")
+}
+
 fn split(name: &[u8]) -> Option<(u8, &[u8])> {
     let (prefix, index) = PREFIXES.iter().find(|(prefix, _)| name.starts_with(prefix))?;
     let suffix = &name[prefix.len()..];
