@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use funtainer_contract::{StandardStreams, StartPlan};
 use funtainer_engine::backend::RevisionStart;
-use funtainer_model::{LayerId, RevisionId, Slug};
+use funtainer_model::{LayerId, Limits, RevisionId, Slug};
 use funtainer_sandbox::protocol::{FileSpec, Request, RevisionSpec, SocketCounts, Streams};
 
 use crate::backend::Shared;
@@ -72,7 +72,7 @@ impl Revision {
             revision: start.revision,
             function: start.function.to_string(),
             title: start.slug.to_string(),
-            spec: Box::new(spec(&start.plan, layers, &start.slug)),
+            spec: Box::new(spec(&start.plan, start.limits, layers, &start.slug)),
         };
         shared.link.command(&request, Vec::new()).await?;
         self.open.store(true, Ordering::Release);
@@ -86,7 +86,7 @@ impl Revision {
 }
 
 /// The plan in the keeper's words.
-fn spec(plan: &StartPlan, layers: Vec<LayerId>, slug: &Slug) -> RevisionSpec {
+fn spec(plan: &StartPlan, limits: Limits, layers: Vec<LayerId>, slug: &Slug) -> RevisionSpec {
     let (streams, sockets) = match plan.streams {
         StandardStreams::Log => (Streams::Log, sockets::AT_START),
         StandardStreams::Call => (Streams::Call, SocketCounts { v4: 0, v6: 0 }),
@@ -104,7 +104,9 @@ fn spec(plan: &StartPlan, layers: Vec<LayerId>, slug: &Slug) -> RevisionSpec {
         uid: plan.user.uid,
         gid: plan.user.gid,
         groups: plan.user.groups.clone(),
-        read_only_root: plan.read_only_root,
+        limits,
+        isolation: plan.isolation.clone(),
+        volumes: plan.volumes.iter().map(|path| path.clone().into_bytes()).collect(),
         streams,
         files: plan.files.iter().map(file).collect(),
         listeners: plan.listeners.iter().map(|listener| listener.port.get()).collect(),

@@ -234,7 +234,6 @@ impl Steps<'_> {
         let request = Request::Start {
             instance: self.instance,
             revision: self.plan.revision,
-            memory_bytes: self.plan.limits.memory.as_bytes(),
             descriptor: Descriptor::new(self.plan, learned).to_bytes(),
         };
         let mut again = true;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use funtainer_model::{ByteSize, EnvVar, QuantityError, parse_duration};
+use funtainer_model::{ByteSize, Cpus, EgressRule, EnvVar, Network, QuantityError, TmpfsMount, parse_duration};
 
 /// Where a server is by default: its admin socket.
 pub(crate) const ADMIN_DEFAULT: &str = "/run/funtainer/admin.sock";
@@ -132,9 +132,6 @@ pub(crate) struct Deploy {
     /// Argument of the command, instead of the image's CMD; can be repeated
     #[arg(long = "arg", value_name = "A", allow_hyphen_values = true)]
     pub(crate) args: Vec<String>,
-    /// Memory of an instance, writable files included [default: 512M]
-    #[arg(long, value_name = "M")]
-    pub(crate) memory: Option<ByteSize>,
     /// Calls at once in one instance [default: 80; stdio: 1]
     #[arg(long, value_name = "N", value_parser = one_or_more)]
     pub(crate) concurrency: Option<NonZeroU32>,
@@ -153,6 +150,56 @@ pub(crate) struct Deploy {
     /// Say nothing of the progress
     #[arg(long, short)]
     pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) container: Container,
+}
+
+/// What a container may use and reach.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Container")]
+pub(crate) struct Container {
+    /// Memory of an instance, writable files included [default: 512M]
+    #[arg(long, value_name = "M")]
+    pub(crate) memory: Option<ByteSize>,
+    /// Processors at most, such as 0.5 [default: no bound]
+    #[arg(long, value_name = "N")]
+    pub(crate) cpus: Option<Cpus>,
+    /// Share of the processors where they are contended for, 1 to 10000 [default: 100]
+    #[arg(long, value_name = "W")]
+    pub(crate) cpu_weight: Option<u16>,
+    /// Processes and threads at most [default: 4096]
+    #[arg(long, value_name = "N")]
+    pub(crate) pids: Option<u32>,
+    /// Room for written files [default: as much as the memory]
+    #[arg(long, value_name = "M")]
+    pub(crate) writable: Option<ByteSize>,
+    /// Open files of a process at most [default: 65536]
+    #[arg(long, value_name = "N")]
+    pub(crate) open_files: Option<u32>,
+    /// Root file system without a writable layer
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// File system in memory at PATH; can be repeated
+    #[arg(long, value_name = "PATH[:SIZE]")]
+    pub(crate) tmpfs: Vec<TmpfsMount>,
+    /// Whether setuid bits and file capabilities of the image are without effect [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub(crate) no_new_privileges: Option<bool>,
+    /// Whether the outside can be reached: on or off [default: on]
+    #[arg(long, value_name = "on|off")]
+    pub(crate) network: Option<Network>,
+    /// Addresses and ports that are open besides; can be repeated
+    #[arg(long, value_name = "CIDR[:PORTS][/tcp|/udp]")]
+    pub(crate) egress: Vec<EgressRule>,
+    /// Program instead of the image's ENTRYPOINT; its CMD is left out
+    #[arg(long, value_name = "PROGRAM")]
+    pub(crate) entrypoint: Option<String>,
+    /// Instead of the image's USER
+    #[arg(long, short = 'u', value_name = "USER[:GROUP]")]
+    pub(crate) user: Option<String>,
+    /// Instead of the image's WORKDIR
+    #[arg(long, short = 'w', value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
 }
 
 /// Call a function through the admin socket
@@ -208,12 +255,11 @@ pub(crate) struct Run {
     /// Environment variable on top of the image's; can be repeated
     #[arg(long, value_name = "K=V")]
     pub(crate) env: Vec<EnvVar>,
-    /// Memory of the container, writable files included [default: 512M]
-    #[arg(long, value_name = "M")]
-    pub(crate) memory: Option<ByteSize>,
     /// Say nothing of the progress
     #[arg(long, short)]
     pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) container: Container,
 }
 
 /// Show what a function wrote to standard output and standard error
@@ -426,6 +472,8 @@ mod tests {
             "version",
             "scale f 3",
             "run i",
+            "run i --cpus 0.5 --cpu-weight 200 --pids 10 --writable 1M --open-files 99 --read-only --tmpfs /tmp --tmpfs /x:1M -u 1:2 -w /",
+            "deploy f --image i --network off --egress 10.0.0.0/8 --egress 1.2.3.4:53/udp --no-new-privileges=false --entrypoint sh",
             "run i -- a --b -c",
             "list --host unix:///tmp/x",
         ] {
@@ -444,6 +492,10 @@ mod tests {
             "deploy f --image i --memory much",
             "deploy f --image i --timeout soon",
             "deploy f --image i --env A",
+            "deploy f --image i --cpus none",
+            "deploy f --image i --tmpfs tmp",
+            "deploy f --image i --egress ::1",
+            "deploy f --image i --network maybe",
             "deploy f --image i --contract lambda",
             "serve --listen nowhere",
             "scale f",

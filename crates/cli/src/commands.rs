@@ -7,12 +7,12 @@ mod run;
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
-use funtainer_gateway::api::native::{DeployRequest, Function, Image, LogsQuery, ScaleRequest, Version};
+use funtainer_gateway::api::native::{ContainerSettings, DeployRequest, Function, Image, LogsQuery, ScaleRequest, Version};
 use funtainer_model::EnvVar;
 use http::Method;
 use http_body_util::BodyExt;
 
-use crate::args::{Command, ContractArg, Deploy, Host, Logs, Output};
+use crate::args::{Command, Container, ContractArg, Deploy, Host, Logs, Output};
 use crate::progress::{Show, size};
 use crate::{client, streams};
 
@@ -57,6 +57,26 @@ pub(crate) async fn run(host: &Host, form: Output, command: Command) -> anyhow::
     Ok(ExitCode::SUCCESS)
 }
 
+/// What was said of the container, in the words of the API.
+fn container(said: Container) -> ContainerSettings {
+    let texts = |list: Vec<String>| (!list.is_empty()).then_some(list);
+    ContainerSettings {
+        entrypoint: said.entrypoint.map(|program| vec![program]),
+        user: said.user,
+        working_dir: said.workdir,
+        cpus: said.cpus.map(|cpus| cpus.to_string()),
+        cpu_weight: said.cpu_weight,
+        pids: said.pids,
+        writable: said.writable.map(|size| size.to_string()),
+        open_files: said.open_files,
+        no_new_privileges: said.no_new_privileges,
+        read_only: said.read_only.then_some(true),
+        tmpfs: texts(said.tmpfs.iter().map(ToString::to_string).collect()),
+        network: said.network.map(|network| network.to_string()),
+        egress: texts(said.egress.iter().map(ToString::to_string).collect()),
+    }
+}
+
 async fn deploy(host: &Host, form: Output, deploy: Deploy) -> anyhow::Result<()> {
     let request = DeployRequest {
         name: deploy.name,
@@ -71,7 +91,8 @@ async fn deploy(host: &Host, form: Output, deploy: Deploy) -> anyhow::Result<()>
         port: deploy.port,
         env: variables(&deploy.env),
         args: (!deploy.args.is_empty()).then_some(deploy.args),
-        memory: deploy.memory.map(|memory| memory.to_string()),
+        memory: deploy.container.memory.map(|memory| memory.to_string()),
+        container: container(deploy.container),
         concurrency: deploy.concurrency,
         min: deploy.min,
         max: deploy.max,

@@ -5,7 +5,7 @@ use std::num::{NonZeroU16, NonZeroU32};
 
 use serde::{Deserialize, Serialize};
 
-use funtainer_model::{Contract, EnvVar, ErrorCode, Failure, FunctionSpec, ImageConfig, StopSignal};
+use funtainer_model::{Contract, EnvVar, ErrorCode, Failure, FunctionSpec, ImageConfig, Isolation, StopSignal};
 
 use crate::accounts::{self, AccountError, Identity};
 use crate::program;
@@ -37,8 +37,12 @@ pub struct StartPlan {
     pub socket_directories: Vec<String>,
     /// Who runs the command.
     pub user: User,
-    /// Whether the root filesystem has no writable layer.
-    pub read_only_root: bool,
+    /// Absolute directories that are writable and begin with what the image holds there.
+    #[serde(default)]
+    pub volumes: Vec<String>,
+    /// What the instance may reach.
+    #[serde(default)]
+    pub isolation: Isolation,
     /// When the instance can take its first call.
     pub readiness: Readiness,
     /// What the standard streams are for.
@@ -227,13 +231,13 @@ impl PlanError {
 
 /// What an instance of the function needs, by what its image says and holds.
 ///
-/// The command line is ENTRYPOINT followed by the function's arguments or else CMD. Variables of the image come first, then `PORT`
+/// The command line is ENTRYPOINT followed by the function's arguments or else CMD; an entrypoint of the function's own leaves CMD out. Variables of the image come first, then `PORT`
 /// (contract http), then the function's own. For contract stdio the command must be there and be executable: nothing is started at a
 /// deploy that would show it.
 pub fn plan(config: &ImageConfig, files: &dyn ImageFiles, spec: &FunctionSpec) -> Result<StartPlan, PlanError> {
     let argv = argv(config, spec)?;
-    let working_dir = working_dir(&config.working_dir)?;
-    let identity = identity(&config.user, files)?;
+    let working_dir = working_dir(spec.working_dir.as_deref().unwrap_or(&config.working_dir))?;
+    let identity = identity(spec.user.as_deref().unwrap_or(&config.user), files)?;
     let (streams, readiness, port) = match spec.contract {
         Contract::Http => {
             let port = port(config, spec);
@@ -256,7 +260,8 @@ pub fn plan(config: &ImageConfig, files: &dyn ImageFiles, spec: &FunctionSpec) -
         listeners: Vec::new(),
         socket_directories: Vec::new(),
         user,
-        read_only_root: false,
+        volumes: Vec::new(),
+        isolation: spec.isolation.clone(),
         readiness,
         streams,
         stop_signal: config.stop_signal.unwrap_or(StopSignal::TERM),
@@ -269,8 +274,11 @@ pub fn plan(config: &ImageConfig, files: &dyn ImageFiles, spec: &FunctionSpec) -
 }
 
 fn argv(config: &ImageConfig, spec: &FunctionSpec) -> Result<Vec<String>, PlanError> {
-    let rest = spec.args.as_ref().unwrap_or(&config.cmd);
-    let argv: Vec<_> = config.entrypoint.iter().chain(rest).cloned().collect();
+    let (first, rest) = match &spec.entrypoint {
+        Some(entrypoint) => (entrypoint, spec.args.as_deref().unwrap_or_default()),
+        None => (&config.entrypoint, spec.args.as_deref().unwrap_or(&config.cmd)),
+    };
+    let argv: Vec<_> = first.iter().chain(rest).cloned().collect();
     if argv.is_empty() {
         return Err(PlanError::NoCommand);
     }

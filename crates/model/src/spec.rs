@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, FunctionId, ImageRef};
+use crate::{FunctionId, ImageRef, Isolation, IsolationError, Limits};
 
 /// Most environment variables of one function; keeps a start message within one datagram.
 const ENV_COUNT_MAX: usize = 512;
@@ -19,8 +19,6 @@ const INSTANCES_MAX: u32 = 10_000;
 const CONCURRENCY_MAX: u32 = 10_000;
 /// Most calls that can wait for one function.
 const QUEUE_MAX: u32 = 1_000_000;
-/// Least memory that a sandbox with its page tables and writable layer starts in.
-const MEMORY_MIN: ByteSize = ByteSize::mebibytes(4);
 
 /// The dialect between the platform and the function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -55,13 +53,6 @@ pub struct ScalePolicy {
     pub idle_timeout: Duration,
 }
 
-/// What one instance may use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Limits {
-    /// Memory of all its processes together, page cache and writable layer included.
-    pub memory: ByteSize,
-}
-
 /// How long the platform waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timeouts {
@@ -86,10 +77,22 @@ pub struct FunctionSpec {
     pub env: Vec<EnvVar>,
     /// Replaces the image's CMD.
     pub args: Option<Vec<String>>,
+    /// Replaces the image's ENTRYPOINT; its CMD is left out then, as in Docker.
+    #[serde(default)]
+    pub entrypoint: Option<Vec<String>>,
+    /// Replaces the image's USER, in the same form.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// Replaces the image's WORKDIR.
+    #[serde(default)]
+    pub working_dir: Option<String>,
     /// How many instances.
     pub scale: ScalePolicy,
     /// What each may use.
     pub limits: Limits,
+    /// What each may reach.
+    #[serde(default)]
+    pub isolation: Isolation,
     /// How long the platform waits.
     pub timeouts: Timeouts,
 }
@@ -121,15 +124,23 @@ pub enum SpecError {
         /// Most instances asked for.
         max: u32,
     },
-    /// Too little memory to start anything.
-    #[error("memory {0} is too little, the least is {MEMORY_MIN}")]
-    Memory(ByteSize),
+    /// Limits, mounts or rules that cannot be served.
+    #[error(transparent)]
+    Isolation(#[from] IsolationError),
     /// A timeout of zero.
     #[error("{0} of 0 s would end everything at once")]
     ZeroTimeout(&'static str),
     /// An argument with a NUL, which no command line can carry.
     #[error("an argument contains a NUL character")]
     NulInArgument,
+    /// A working directory that is not absolute, or any of these with a NUL.
+    #[error("'{text}' is no {what}")]
+    Text {
+        /// The setting.
+        what: &'static str,
+        /// Its value.
+        text: String,
+    },
     /// The setting has no meaning for the contract.
     #[error("{setting} has no meaning for contract {contract}")]
     Meaningless {
@@ -154,6 +165,9 @@ impl FunctionSpec {
             port: None,
             env: Vec::new(),
             args: None,
+            entrypoint: None,
+            user: None,
+            working_dir: None,
             scale: ScalePolicy {
                 min: 0,
                 max: 20,
@@ -161,7 +175,8 @@ impl FunctionSpec {
                 queue: 1_000,
                 idle_timeout: Duration::from_mins(10),
             },
-            limits: Limits { memory: ByteSize::mebibytes(512) },
+            limits: Limits::default(),
+            isolation: Isolation::default(),
             timeouts: Timeouts { start: Duration::from_mins(1), call: Duration::from_mins(5) },
         }
     }
@@ -178,20 +193,25 @@ impl FunctionSpec {
         at_most("max", max.into(), INSTANCES_MAX.into())?;
         at_most("concurrency", concurrency.get().into(), CONCURRENCY_MAX.into())?;
         at_most("queue", queue.into(), QUEUE_MAX.into())?;
-        if self.limits.memory < MEMORY_MIN {
-            return Err(SpecError::Memory(self.limits.memory));
-        }
+        self.limits.check()?;
+        self.isolation.check()?;
+        let text = |what, text: &Option<String>, fine: fn(&str) -> bool| match text {
+            Some(text) if text.contains('\0') || !fine(text) => Err(SpecError::Text { what, text: text.clone() }),
+            _ => Ok(()),
+        };
+        text("user", &self.user, |_| true)?;
+        text("absolute working directory", &self.working_dir, |path| path.starts_with('/'))?;
         for (what, timeout) in [("start timeout", self.timeouts.start), ("call timeout", self.timeouts.call)] {
             if timeout.is_zero() {
                 return Err(SpecError::ZeroTimeout(what));
             }
         }
-        let args = self.args.as_deref().unwrap_or_default();
-        if args.iter().any(|arg| arg.contains('\0')) {
+        let args = || self.entrypoint.iter().chain(&self.args).flatten();
+        if args().any(|arg| arg.contains('\0')) {
             return Err(SpecError::NulInArgument);
         }
         at_most("number of environment variables", self.env.len() as u64, ENV_COUNT_MAX as u64)?;
-        let bytes = args.iter().map(|arg| arg.len() + 1).sum::<usize>()
+        let bytes = args().map(|arg| arg.len() + 1).sum::<usize>()
             + self.env.iter().map(|var| var.name.len() + var.value.len() + 2).sum::<usize>();
         at_most("size of arguments and environment in bytes", bytes as u64, ENV_AND_ARGS_BYTES_MAX as u64)?;
         if self.contract == Contract::Stdio {
@@ -290,6 +310,7 @@ impl fmt::Display for Contract {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ByteSize;
 
     fn spec(contract: Contract) -> FunctionSpec {
         FunctionSpec::new(FunctionId::in_default("f".parse().unwrap()), "img".parse().unwrap(), contract)

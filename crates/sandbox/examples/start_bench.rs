@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use funtainer_model::{Digest, InstanceId, LayerId, RevisionId, StopSignal};
+use funtainer_model::{ByteSize, Digest, InstanceId, Isolation, LayerId, Limits, RevisionId, StopSignal};
 use funtainer_sandbox::fds;
 use funtainer_sandbox::protocol::{MESSAGE_BYTES_MAX, Reply, Request, RevisionSpec, SocketCounts, Streams};
 use rustix::net::{RecvFlags, SendFlags};
@@ -96,7 +96,9 @@ impl Bench {
                 uid: 0,
                 gid: 0,
                 groups: Vec::new(),
-                read_only_root: false,
+                limits: Limits { memory: ByteSize::bytes(MEMORY_BYTES), ..Limits::default() },
+                isolation: Isolation::default(),
+                volumes: Vec::new(),
                 streams: Streams::Call,
                 files: Vec::new(),
                 listeners: Vec::new(),
@@ -148,8 +150,7 @@ impl Bench {
         let (stdin, stdin_write) = pipe_with(PipeFlags::CLOEXEC).expect("a pipe");
         let (stdout_read, stdout) = pipe_with(PipeFlags::CLOEXEC).expect("a pipe");
         drop(stdin_write);
-        let request =
-            Request::Start { instance, revision: revision(sockets), memory_bytes: MEMORY_BYTES, descriptor: Vec::new() };
+        let request = Request::Start { instance, revision: revision(sockets), descriptor: Vec::new() };
         let begun = Instant::now();
         let number = self.send(&request, &[theirs.as_fd(), stdin.as_fd(), stdout.as_fd()]);
         drop((stdin, stdout, theirs));

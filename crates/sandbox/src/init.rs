@@ -94,7 +94,7 @@ impl Prepared {
             uid: Uid::from_raw(spec.uid),
             gid: Gid::from_raw(spec.gid),
             groups: spec.groups.iter().map(|group| Gid::from_raw(*group)).collect(),
-            read_only_root: spec.read_only_root,
+            read_only_root: spec.isolation.read_only,
             stop_signal: spec.stop_signal.number().into(),
         }
     }

@@ -24,12 +24,12 @@ mod tests;
 
 pub use codec::{check_any, number_of};
 
-use funtainer_model::{InstanceId, LayerId, RevisionId, StopSignal};
+use funtainer_model::{InstanceId, Isolation, LayerId, Limits, RevisionId, StopSignal};
 
 /// First two bytes of each datagram.
 pub const MAGIC: u16 = 0xF7A1;
 /// Version of the messages below. Both sides are one binary; another version means a half-replaced installation and is refused.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Longest datagram in bytes; below the default send buffer of a Unix socket (net.core.wmem_default, 212,992).
 pub const MESSAGE_BYTES_MAX: usize = 128 * 1024;
 /// Longest descriptor of an instance in bytes.
@@ -48,6 +48,8 @@ pub const GROUPS_MAX: usize = 64;
 pub const LISTENERS_MAX: usize = 4;
 /// Most planned files.
 pub const FILES_MAX: usize = 32;
+/// Most volumes.
+pub const VOLUMES_MAX: usize = 32;
 /// Longest planned file in bytes.
 pub const FILE_BYTES_MAX: usize = 16 * 1024;
 /// Longest path in bytes (the kernel's PATH_MAX less its NUL).
@@ -122,8 +124,6 @@ pub enum Request {
         instance: InstanceId,
         /// An opened revision.
         revision: RevisionId,
-        /// Memory limit in bytes, writable layer included.
-        memory_bytes: u64,
         /// Opaque to the keeper; comes back from `List`. At most [`DESCRIPTOR_BYTES_MAX`].
         descriptor: Vec<u8>,
     },
@@ -221,8 +221,12 @@ pub struct RevisionSpec {
     pub gid: u32,
     /// Each below 65536, at most 64.
     pub groups: Vec<u32>,
-    /// Without a writable layer.
-    pub read_only_root: bool,
+    /// What each may use.
+    pub limits: Limits,
+    /// What each may reach.
+    pub isolation: Isolation,
+    /// Absolute directories that are writable and begin with what the image holds there. At most 32.
+    pub volumes: Vec<Vec<u8>>,
     /// Use of the standard streams.
     pub streams: Streams,
     /// Small files to make before the start.

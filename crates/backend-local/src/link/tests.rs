@@ -49,7 +49,7 @@ fn signal(number: u8) -> Request {
 
 fn start(number: u8) -> Request {
     let revision = RevisionId::from_bytes([1; 16]);
-    Request::Start { instance: instance(number), revision, memory_bytes: 1 << 26, descriptor: b"d".to_vec() }
+    Request::Start { instance: instance(number), revision, descriptor: b"d".to_vec() }
 }
 
 fn pipe() -> (OwnedFd, OwnedFd) {
@@ -226,12 +226,7 @@ async fn what_breaks_the_protocol_ends_the_link() {
 #[tokio::test]
 async fn requests_beyond_a_bound_are_not_sent() {
     let (link, _peer, _events) = link();
-    let long = Request::Start {
-        instance: instance(1),
-        revision: RevisionId::from_bytes([1; 16]),
-        memory_bytes: 1,
-        descriptor: vec![0; 5000],
-    };
+    let long = Request::Start { instance: instance(1), revision: RevisionId::from_bytes([1; 16]), descriptor: vec![0; 5000] };
     assert!(matches!(in_time(link.request(&long, vec![pipe().0])).await, Err(LinkError::Request(_))));
     assert!(!*link.gone().borrow());
 }

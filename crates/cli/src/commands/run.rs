@@ -34,7 +34,8 @@ pub(super) async fn run(host: &Host, run: Run) -> anyhow::Result<ExitCode> {
         image: run.image,
         args: (!run.args.is_empty()).then_some(run.args),
         env: super::variables(&run.env),
-        memory: run.memory.map(|memory| memory.to_string()),
+        memory: run.container.memory.map(|memory| memory.to_string()),
+        container: super::container(run.container),
     };
     let mut request = client::request(Method::POST, "/run", Some(&request))?;
     request.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));

@@ -1,5 +1,5 @@
 use funtainer_contract::{Readiness, StandardStreams, User};
-use funtainer_model::{Contract, StopSignal};
+use funtainer_model::{Contract, Isolation, StopSignal};
 use tempfile::TempDir;
 
 use super::*;
@@ -17,7 +17,8 @@ fn record(name: &str, number: u8) -> RevisionRecord {
         listeners: Vec::new(),
         socket_directories: Vec::new(),
         user: User { uid: 1, gid: 2, groups: vec![3] },
-        read_only_root: false,
+        volumes: Vec::new(),
+        isolation: Isolation::default(),
         readiness: Readiness::Listening { preferred: 8080.try_into().unwrap() },
         streams: StandardStreams::Log,
         stop_signal: StopSignal::TERM,

@@ -50,8 +50,8 @@ use crate::server::Stopping;
 use types::image_ref;
 
 pub use types::{
-    API_VERSION, DeployRequest, Event, Function, FunctionSettings, Image, ImportQuery, Imported, Instance, LogsQuery,
-    PullRequest, Pulled, RunRequest, ScaleRequest, Version,
+    API_VERSION, ContainerSettings, DeployRequest, Event, Function, FunctionSettings, Image, ImportQuery, Imported, Instance,
+    LogsQuery, PullRequest, Pulled, RunRequest, ScaleRequest, Version,
 };
 
 /// Media type of a stream of [`Event`]s.

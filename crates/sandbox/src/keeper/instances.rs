@@ -27,10 +27,6 @@ use crate::zygote;
 
 /// Most instances, ended ones that are not acknowledged included. Each running one costs the keeper up to a dozen descriptors.
 const INSTANCES_MAX: usize = 1024;
-/// Smallest memory limit: below it not even the init fits.
-const MEMORY_BYTES_MIN: u64 = 1 << 20;
-/// Most processes and threads of an instance: far above what servers use, far below what a fork bomb needs to be felt.
-const PIDS_MAX: u32 = 4096;
 /// A busy control group is tried again after this.
 const REMOVAL_RETRY: Duration = Duration::from_millis(20);
 /// How long they are tried when the keeper ends.
@@ -159,11 +155,10 @@ impl Keeper {
         requester: Requester,
         id: InstanceId,
         revision: RevisionId,
-        memory_bytes: u64,
         descriptor: Vec<u8>,
         descriptors: Fds,
     ) {
-        if let Err(refused) = self.try_start(requester, id, revision, memory_bytes, descriptor, descriptors) {
+        if let Err(refused) = self.try_start(requester, id, revision, descriptor, descriptors) {
             self.reply(requester, &Reply::Refused(refused), &[]);
         }
     }
@@ -173,15 +168,11 @@ impl Keeper {
         requester: Requester,
         id: InstanceId,
         revision: RevisionId,
-        memory_bytes: u64,
         descriptor: Vec<u8>,
         descriptors: Fds,
     ) -> Result<(), Refusal> {
         if self.instances.by_id.contains_key(&id) {
             return Err(Refusal::Malformed("the instance exists".to_owned()));
-        }
-        if memory_bytes < MEMORY_BYTES_MIN {
-            return Err(Refusal::Malformed(format!("the memory limit is below {MEMORY_BYTES_MIN} bytes")));
         }
         if self.instances.by_id.len() >= INSTANCES_MAX {
             return Err(Refusal::Exhausted("instances".to_owned()));
@@ -192,10 +183,11 @@ impl Keeper {
         }
         let streams = zygote.streams;
         let StartDescriptors { daemon, call } = StartDescriptors::take(descriptors, streams)?;
-        let limits = GroupLimits { memory_bytes, pids_max: PIDS_MAX };
-        let cgroup = self.cgroups.create(&id.to_string(), limits).map_err(|error| cgroup_refusal(&error))?;
+        let limits = zygote.limits;
+        let group = GroupLimits { memory_bytes: limits.memory.as_bytes(), pids_max: limits.pids };
+        let cgroup = self.cgroups.create(&id.to_string(), group).map_err(|error| cgroup_refusal(&error))?;
         let made = (|| {
-            let writable = Writable::make(memory_bytes, zygote.base).map_err(refusal)?;
+            let writable = Writable::make(limits.writable_bytes(), zygote.base).map_err(refusal)?;
             let root = mount::overlay(&zygote.layers.borrow(), &writable).map_err(refusal)?;
             let stderr = Pipe::log()?;
             let stdout = if call.is_none() { Some(Pipe::log()?) } else { None };

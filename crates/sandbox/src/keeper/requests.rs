@@ -35,8 +35,8 @@ impl Keeper {
                 self.open_revision(from, revision, function, &title, &spec);
             }
             Request::EndRevision { revision } => self.end_revision(from, revision),
-            Request::Start { instance, revision, memory_bytes, descriptor } => {
-                self.start(from, instance, revision, memory_bytes, descriptor, descriptors);
+            Request::Start { instance, revision, descriptor } => {
+                self.start(from, instance, revision, descriptor, descriptors);
             }
             Request::Signal { instance, signal } => self.signal(from, instance, signal.number().into()),
             Request::MoreSockets { instance } => match (self.zygote_of(instance), descriptors.take(0)) {

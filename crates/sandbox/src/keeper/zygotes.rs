@@ -9,7 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use funtainer_model::{InstanceId, RevisionId};
+use funtainer_model::{InstanceId, Limits, RevisionId};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -53,6 +53,7 @@ pub(super) struct Zygote {
     /// First host id of its range.
     pub(super) base: u32,
     pub(super) streams: Streams,
+    pub(super) limits: Limits,
     pub(super) layers: Lent,
     pid: i32,
     pidfd: OwnedFd,
@@ -231,6 +232,7 @@ impl Keeper {
                     function,
                     base,
                     streams: spec.streams,
+                    limits: spec.limits,
                     layers,
                     pid,
                     pidfd,

@@ -2,7 +2,7 @@
 
 use super::{
     CodecError, DESCRIPTORS_MAX, FILE_BYTES_MAX, FILES_MAX, GROUPS_MAX, IDS, InitStep, LAYERS_MAX, LISTENERS_MAX,
-    PATH_BYTES_MAX, RevisionSpec, SocketCounts, TITLE_BYTES_MAX,
+    PATH_BYTES_MAX, RevisionSpec, SocketCounts, TITLE_BYTES_MAX, VOLUMES_MAX,
 };
 
 /// The greatest length of something.
@@ -60,6 +60,16 @@ impl RevisionSpec {
             if file.mode & !0o7777 != 0 || file.path.ends_with(b"/") {
                 return Err(CodecError::Value("file"));
             }
+        }
+        if self.limits.check().is_err() {
+            return Err(CodecError::Value("limits"));
+        }
+        if self.isolation.check().is_err() {
+            return Err(CodecError::Value("isolation"));
+        }
+        Bound { what: "volumes", max: VOLUMES_MAX }.check(self.volumes.len())?;
+        for volume in &self.volumes {
+            check_path(volume, "volume")?;
         }
         if self.listeners.contains(&0) {
             return Err(CodecError::Value("listeners"));

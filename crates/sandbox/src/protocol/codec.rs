@@ -6,13 +6,18 @@
 //!              ids as their 16 bytes, byte strings with their length (u32) before them, lists with their count (u32)
 //! ```
 
-use funtainer_model::{Digest, InstanceId, LayerId, RevisionId, StopSignal};
+use std::net::Ipv4Addr;
+
+use funtainer_model::{
+    ByteSize, Cpus, Digest, EgressRule, InstanceId, Isolation, LayerId, Limits, Network, Protocol, RevisionId, StopSignal,
+    TmpfsMount,
+};
 
 use super::check::{Bound, check_bytes, check_text};
 use super::{
     CodecError, DESCRIPTOR_BYTES_MAX, DESCRIPTORS_MAX, ExitRecord, FUNCTION_BYTES_MAX, FileSpec, GROUPS_MAX, InitMessage,
-    InitStep, LAYERS_MAX, LISTENERS_MAX, MAGIC, MESSAGE_BYTES_MAX, Refusal, Reply, Request, RevisionSpec, SocketCounts,
-    Streams, TEXT_BYTES_MAX, TITLE_BYTES_MAX, VERSION,
+    InitStep, LAYERS_MAX, LISTENERS_MAX, MAGIC, MESSAGE_BYTES_MAX, PATH_BYTES_MAX, Refusal, Reply, Request, RevisionSpec,
+    SocketCounts, Streams, TEXT_BYTES_MAX, TITLE_BYTES_MAX, VERSION,
 };
 
 /// Longest list of arguments, variables or files: what fits the message with four bytes of length each.
@@ -77,10 +82,9 @@ impl Request {
                 out.spec(spec);
             }
             Self::EndRevision { revision } => out.id(kind::END_REVISION, number, revision.to_bytes()),
-            Self::Start { instance, revision, memory_bytes, descriptor } => {
+            Self::Start { instance, revision, descriptor } => {
                 out.id(kind::START, number, instance.to_bytes());
                 out.raw(&revision.to_bytes());
-                out.u64(*memory_bytes);
                 out.bytes(descriptor);
             }
             Self::Signal { instance, signal } => {
@@ -116,9 +120,8 @@ impl Request {
             kind::START => {
                 let instance = input.instance()?;
                 let revision = RevisionId::from_bytes(input.array()?);
-                let memory_bytes = input.u64()?;
                 let descriptor = input.bytes(DESCRIPTOR_BYTES_MAX, "descriptor")?;
-                (Self::Start { instance, revision, memory_bytes, descriptor }, 1..=3)
+                (Self::Start { instance, revision, descriptor }, 1..=3)
             }
             kind::SIGNAL => {
                 let instance = input.instance()?;
@@ -377,7 +380,9 @@ impl Writer {
         for group in &spec.groups {
             self.u32(*group);
         }
-        self.u8(spec.read_only_root.into());
+        self.limits(&spec.limits);
+        self.isolation(&spec.isolation);
+        self.list(&spec.volumes);
         self.u8(match spec.streams {
             Streams::Log => 0,
             Streams::Call => 1,
@@ -395,6 +400,41 @@ impl Writer {
         self.raw(&[spec.sockets.v4, spec.sockets.v6]);
         self.u8(spec.stop_signal.number());
         self.bytes(spec.hostname.as_bytes());
+    }
+
+    fn limits(&mut self, limits: &Limits) {
+        let Limits { memory, cpus, cpu_weight, pids, writable, open_files } = *limits;
+        self.u64(memory.as_bytes());
+        self.u32(cpus.map_or(0, Cpus::milli));
+        self.raw(&cpu_weight.to_le_bytes());
+        self.u32(pids);
+        self.u64(writable.map_or(0, ByteSize::as_bytes));
+        self.u32(open_files);
+    }
+
+    fn isolation(&mut self, isolation: &Isolation) {
+        let Isolation { no_new_privileges, read_only, tmpfs, network, egress } = isolation;
+        self.raw(&[(*no_new_privileges).into(), (*read_only).into(), (*network == Network::On).into()]);
+        self.length(tmpfs.len());
+        for mount in tmpfs {
+            self.bytes(mount.path().as_bytes());
+            self.u64(mount.size().map_or(0, ByteSize::as_bytes));
+        }
+        self.length(egress.len());
+        for rule in egress {
+            self.raw(&rule.address().octets());
+            let (first, last) = rule.ports().unwrap_or((0, 0));
+            self.raw(&[
+                rule.prefix(),
+                match rule.protocol() {
+                    None => 0,
+                    Some(Protocol::Tcp) => 6,
+                    Some(Protocol::Udp) => 17,
+                },
+            ]);
+            self.raw(&first.to_le_bytes());
+            self.raw(&last.to_le_bytes());
+        }
     }
 
     fn finish(self) -> Result<Vec<u8>, CodecError> {
@@ -562,7 +602,9 @@ impl<'a> Reader<'a> {
         for _ in 0..self.length(Bound { what: "groups", max: GROUPS_MAX })? {
             groups.push(self.u32()?);
         }
-        let read_only_root = self.flag()?;
+        let limits = self.limits()?;
+        let isolation = self.isolation()?;
+        let volumes = self.list("volumes")?;
         let streams = if self.flag()? { Streams::Call } else { Streams::Log };
         let mut files = Vec::new();
         for _ in 0..self.length(Bound { what: "files", max: LIST_MAX })? {
@@ -586,7 +628,9 @@ impl<'a> Reader<'a> {
             uid,
             gid,
             groups,
-            read_only_root,
+            limits,
+            isolation,
+            volumes,
             streams,
             files,
             listeners,
@@ -594,6 +638,47 @@ impl<'a> Reader<'a> {
             stop_signal,
             hostname,
         })
+    }
+
+    fn limits(&mut self) -> Result<Limits, CodecError> {
+        let size = |bytes| (bytes != 0).then_some(ByteSize::bytes(bytes));
+        let memory = ByteSize::bytes(self.u64()?);
+        let cpus = match self.u32()? {
+            0 => None,
+            milli => Some(Cpus::from_milli(milli).ok_or(CodecError::Value("processors"))?),
+        };
+        let (cpu_weight, pids) = (self.u16()?, self.u32()?);
+        Ok(Limits { memory, cpus, cpu_weight, pids, writable: size(self.u64()?), open_files: self.u32()? })
+    }
+
+    fn isolation(&mut self) -> Result<Isolation, CodecError> {
+        let (no_new_privileges, read_only) = (self.flag()?, self.flag()?);
+        let network = if self.flag()? { Network::On } else { Network::Off };
+        let mut tmpfs = Vec::new();
+        for _ in 0..self.length(Bound { what: "tmpfs", max: LIST_MAX })? {
+            let path = self.text(PATH_BYTES_MAX, "path of a tmpfs")?;
+            let size = Some(self.u64()?).filter(|size| *size != 0).map(ByteSize::bytes);
+            let mount = TmpfsMount::new(&path, size).map_err(|_| CodecError::Value("tmpfs"))?;
+            // One mount has one form.
+            if mount.path() != path {
+                return Err(CodecError::Value("path of a tmpfs"));
+            }
+            tmpfs.push(mount);
+        }
+        let mut egress = Vec::new();
+        for _ in 0..self.length(Bound { what: "egress rules", max: LIST_MAX })? {
+            let address = Ipv4Addr::from(self.array::<4>()?);
+            let [prefix, protocol] = self.array()?;
+            let protocol = match protocol {
+                0 => None,
+                6 => Some(Protocol::Tcp),
+                17 => Some(Protocol::Udp),
+                _ => return Err(CodecError::Value("protocol of an egress rule")),
+            };
+            let ports = Some((self.u16()?, self.u16()?)).filter(|ports| *ports != (0, 0));
+            egress.push(EgressRule::new(address, prefix, ports, protocol).ok_or(CodecError::Value("egress rule"))?);
+        }
+        Ok(Isolation { no_new_privileges, read_only, tmpfs, network, egress })
     }
 
     fn end(&self) -> Result<(), CodecError> {

@@ -1,6 +1,9 @@
 //! Every message goes over the wire and back, and nothing else is taken.
 
-use funtainer_model::{Digest, InstanceId, LayerId, RevisionId, StopSignal};
+use funtainer_model::{
+    ByteSize, Cpus, Digest, EgressRule, InstanceId, Isolation, LayerId, Limits, Network, Protocol, RevisionId, StopSignal,
+    TmpfsMount,
+};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -30,14 +33,49 @@ fn file() -> impl Strategy<Value = FileSpec> {
     (path(), 0_u32..0o7777, vec(any::<u8>(), 0..200)).prop_map(|(path, mode, content)| FileSpec { path, mode, content })
 }
 
+fn isolation() -> impl Strategy<Value = Isolation> {
+    let tmpfs = vec(("/[a-z]{1,9}", 0_u64..3), 0..3);
+    let egress = vec((any::<[u8; 4]>(), any::<Option<(u16, u16)>>(), any::<bool>()), 0..4);
+    (any::<[bool; 3]>(), tmpfs, egress).prop_map(|([no_new_privileges, read_only, on], tmpfs, egress)| {
+        let mut isolation = Isolation { no_new_privileges, read_only, ..Isolation::default() };
+        isolation.network = if on { Network::On } else { Network::Off };
+        for (path, size) in tmpfs {
+            let mount = TmpfsMount::new(&path, (size != 0).then_some(ByteSize::bytes(size))).expect("a mount");
+            if isolation.tmpfs.iter().all(|other| other.path() != mount.path()) {
+                isolation.tmpfs.push(mount);
+            }
+        }
+        for (address, ports, tcp) in egress {
+            isolation.egress.extend(EgressRule::new(address.into(), 32, ports, tcp.then_some(Protocol::Tcp)));
+        }
+        isolation
+    })
+}
+
+fn limits() -> impl Strategy<Value = Limits> {
+    let sizes = (4_u64 << 20..1 << 50, any::<Option<u32>>());
+    (sizes, 0_u32..100_000, 1_u16..=10_000, 2_u32..=4_194_304, 16_u32..=1_048_576).prop_map(
+        |((memory, writable), cpus, cpu_weight, pids, open_files)| Limits {
+            memory: ByteSize::bytes(memory),
+            cpus: Cpus::from_milli(cpus),
+            cpu_weight,
+            pids,
+            writable: writable.map(|extra| ByteSize::bytes((1 << 20) + u64::from(extra))),
+            open_files,
+        },
+    )
+}
+
 fn spec() -> impl Strategy<Value = RevisionSpec> {
     let text = || vec(1_u8..=255, 1..40);
     let lists =
         (vec(layer(), 0..LAYERS_MAX), vec(text(), 1..9), vec("[A-Z]{1,8}=.{0,20}", 0..9), path(), vec(0..IDS, 0..GROUPS_MAX));
-    let numbers = (0..IDS, 0..IDS, any::<bool>(), any::<bool>(), vec(1_u16.., 0..=LISTENERS_MAX), 0_u8..=8, 0_u8..=8, signal());
-    (lists, numbers, vec(file(), 0..4), "[a-z]{0,63}").prop_map(|(lists, numbers, files, hostname)| {
+    let numbers = (0..IDS, 0..IDS, any::<bool>(), vec(1_u16.., 0..=LISTENERS_MAX), 0_u8..=8, 0_u8..=8, signal());
+    let volumes = vec(path(), 0..=VOLUMES_MAX);
+    let rest = ("[a-z]{0,63}", limits(), isolation(), volumes);
+    (lists, numbers, vec(file(), 0..4), rest).prop_map(|(lists, numbers, files, (hostname, limits, isolation, volumes))| {
         let (layers, argv, env, working_dir, groups) = lists;
-        let (uid, gid, read_only_root, call, listeners, v4, v6, stop_signal) = numbers;
+        let (uid, gid, call, listeners, v4, v6, stop_signal) = numbers;
         RevisionSpec {
             layers,
             argv,
@@ -46,7 +84,9 @@ fn spec() -> impl Strategy<Value = RevisionSpec> {
             uid,
             gid,
             groups,
-            read_only_root,
+            limits,
+            isolation,
+            volumes,
             streams: if call { Streams::Call } else { Streams::Log },
             files,
             listeners,
@@ -71,9 +111,8 @@ fn request() -> impl Strategy<Value = Request> {
             Request::OpenRevision { revision, function, title, spec: Box::new(spec) }
         }),
         revision().prop_map(|revision| Request::EndRevision { revision }),
-        (instance(), revision(), any::<u64>(), vec(any::<u8>(), 0..DESCRIPTOR_BYTES_MAX)).prop_map(
-            |(instance, revision, memory_bytes, descriptor)| Request::Start { instance, revision, memory_bytes, descriptor }
-        ),
+        (instance(), revision(), vec(any::<u8>(), 0..DESCRIPTOR_BYTES_MAX))
+            .prop_map(|(instance, revision, descriptor)| Request::Start { instance, revision, descriptor }),
         (instance(), signal()).prop_map(|(instance, signal)| Request::Signal { instance, signal }),
         instance().prop_map(|instance| Request::MoreSockets { instance }),
         instance().prop_map(|instance| Request::AcknowledgeExit { instance }),
@@ -212,7 +251,6 @@ fn bounds_are_kept_by_who_sends() {
     let start = |length| Request::Start {
         instance: InstanceId::from_bytes([0; 16]),
         revision: RevisionId::from_bytes([0; 16]),
-        memory_bytes: 0,
         descriptor: vec![0; length],
     };
     assert!(start(DESCRIPTOR_BYTES_MAX).encode(1).is_ok());
@@ -229,7 +267,9 @@ fn a_specification_with_a_wrong_field_is_refused() {
         uid: 0,
         gid: 0,
         groups: Vec::new(),
-        read_only_root: false,
+        limits: Limits::default(),
+        isolation: Isolation::default(),
+        volumes: Vec::new(),
         streams: Streams::Log,
         files: Vec::new(),
         listeners: Vec::new(),

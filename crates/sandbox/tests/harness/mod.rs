@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use funtainer_model::{Digest, InstanceId, LayerId, RevisionId, StopSignal};
+use funtainer_model::{ByteSize, Digest, InstanceId, Isolation, LayerId, Limits, RevisionId, StopSignal};
 use funtainer_sandbox::fds;
 use funtainer_sandbox::protocol::{
     ExitRecord, InitMessage, MESSAGE_BYTES_MAX, Refusal, Reply, Request, RevisionSpec, SocketCounts, Streams,
@@ -258,7 +258,7 @@ impl Client {
     /// Starts an instance whose streams are the log.
     pub fn start(&mut self, revision: RevisionId, instance: InstanceId) -> Result<Started, Refusal> {
         let (ours, theirs) = fds::pair().unwrap();
-        let request = Request::Start { instance, revision, memory_bytes: MEMORY, descriptor: b"opaque".to_vec() };
+        let request = Request::Start { instance, revision, descriptor: b"opaque".to_vec() };
         let (reply, mut descriptors) = self.ask_with(&request, &[theirs.as_fd()]);
         match reply {
             Reply::Started { pid } => {
@@ -276,7 +276,7 @@ impl Client {
         let (ours, theirs) = fds::pair().unwrap();
         let (stdin_read, stdin) = pipe_with(PipeFlags::CLOEXEC).unwrap();
         let (stdout, stdout_write) = pipe_with(PipeFlags::CLOEXEC).unwrap();
-        let request = Request::Start { instance, revision, memory_bytes: MEMORY, descriptor: Vec::new() };
+        let request = Request::Start { instance, revision, descriptor: Vec::new() };
         let sent = [theirs.as_fd(), stdin_read.as_fd(), stdout_write.as_fd()];
         let (reply, mut descriptors) = self.ask_with(&request, &sent);
         match reply {
@@ -391,7 +391,9 @@ pub fn spec(argv: &[&str]) -> RevisionSpec {
         uid: 0,
         gid: 0,
         groups: Vec::new(),
-        read_only_root: false,
+        limits: Limits { memory: ByteSize::bytes(MEMORY), ..Limits::default() },
+        isolation: Isolation::default(),
+        volumes: Vec::new(),
         streams: Streams::Log,
         files: Vec::new(),
         listeners: Vec::new(),

@@ -1,11 +1,12 @@
 //! The numbers of SPECIFICATION.md: funtainer beside `runc run` and nginx, interleaved in one run, so that a noisy machine is noisy for all.
 //!
-//! Cold calls, warm throughput and memory are measured one after the other; within each, funtainer and its peer take turns.
+//! Cold calls, warm throughput, a neighbour's latency and memory are measured one after the other; within each, funtainer and its peer take turns.
 #![forbid(unsafe_code)]
 
 mod cold;
 mod machine;
 mod memory;
+mod neighbour;
 mod peers;
 mod report;
 mod warm;
@@ -21,7 +22,7 @@ use funtainer_e2e::server::{COMMAND_LIMIT, Places, Server};
 
 use report::Report;
 
-/// Measure cold and warm calls against `runc run` and nginx, and memory.
+/// Measure cold and warm calls against `runc run` and nginx, a neighbour beside bombs, and memory.
 #[derive(Parser)]
 #[command(name = "bench")]
 struct Arguments {
@@ -41,6 +42,8 @@ struct Plan {
     warm_rounds: usize,
     /// Length of one warm load.
     warm_seconds: u64,
+    /// Calls of the neighbour beside each bomb.
+    neighbour_calls: usize,
     /// Idle instances for the memory.
     idle_instances: usize,
     /// How often the memory is measured.
@@ -48,8 +51,16 @@ struct Plan {
 }
 
 impl Plan {
-    const FULL: Self = Self { cold_rounds: 300, warm_rounds: 5, warm_seconds: 4, idle_instances: 100, memory_rounds: 3 };
-    const QUICK: Self = Self { cold_rounds: 40, warm_rounds: 2, warm_seconds: 2, idle_instances: 50, memory_rounds: 1 };
+    const FULL: Self = Self {
+        cold_rounds: 300,
+        warm_rounds: 5,
+        warm_seconds: 4,
+        neighbour_calls: 2000,
+        idle_instances: 100,
+        memory_rounds: 3,
+    };
+    const QUICK: Self =
+        Self { cold_rounds: 40, warm_rounds: 2, warm_seconds: 2, neighbour_calls: 500, idle_instances: 50, memory_rounds: 1 };
 }
 
 fn main() -> ExitCode {
@@ -70,12 +81,15 @@ fn measure() -> Result<()> {
     let cold = cold::measure(&server, home.path(), &plan)?;
     note("warm throughput");
     let warm = warm::measure(&server, home.path(), &plan)?;
+    note("a neighbour beside bombs");
+    let neighbour = neighbour::measure(&server, &plan)?;
     note("memory");
     let memory = memory::measure(&server, &scope, &plan)?;
     let status = server.stop()?;
     anyhow::ensure!(status.success(), "funtainer serve ended with {status}");
 
-    let report = Report { machine: machine::describe()?, cold, warm, memory, took_seconds: start.elapsed().as_secs() };
+    let report =
+        Report { machine: machine::describe()?, cold, warm, neighbour, memory, took_seconds: start.elapsed().as_secs() };
     if arguments.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
     } else {

@@ -9,6 +9,7 @@ use serde::{Serialize, Serializer};
 use crate::cold::Cold;
 use crate::machine::Machine;
 use crate::memory::Memory;
+use crate::neighbour::Neighbour;
 use crate::warm::Warm;
 
 /// Failures of a row whose text is kept.
@@ -28,6 +29,7 @@ pub(crate) struct Report {
     pub(crate) machine: Machine,
     pub(crate) cold: Cold,
     pub(crate) warm: Warm,
+    pub(crate) neighbour: Neighbour,
     pub(crate) memory: Memory,
     pub(crate) took_seconds: u64,
 }
@@ -91,6 +93,7 @@ impl fmt::Display for Report {
         )?;
         self.cold_table(f)?;
         self.warm_table(f)?;
+        self.neighbour_table(f)?;
         self.memory_table(f)?;
         self.targets(f)
     }
@@ -137,6 +140,19 @@ impl Report {
         writeln!(f)
     }
 
+    fn neighbour_table(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Neighbour { alone, beside } = &self.neighbour;
+        let base = alone.percentile(95.0);
+        writeln!(f, "| a neighbour's call, ms | n | failed | p50 | p95 | p99 | p95 to alone |")?;
+        writeln!(f, "|---|---|---|---|---|---|---|")?;
+        for (name, samples) in std::iter::once(("alone", alone)).chain(beside.iter().map(|(name, samples)| (*name, samples))) {
+            let [p50, p95, p99] = [50.0, 95.0, 99.0].map(|percent| samples.percentile(percent));
+            let (count, failed) = (samples.millis.len() + samples.failed, samples.failed);
+            writeln!(f, "| {name} | {count} | {failed} | {p50:.2} | {p95:.2} | {p99:.2} | {:.2} |", p95 / base)?;
+        }
+        writeln!(f)
+    }
+
     fn memory_table(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Memory { instances, per_instance_kib, own_kib, platform_kib, keeper_kib, daemon_kib } = &self.memory;
         writeln!(f, "| memory, {instances} idle instances | KiB |")?;
@@ -155,6 +171,8 @@ impl Report {
         let (p50, runc) = (cold.zygote.percentile(50.0), cold.runc.percentile(50.0));
         let rows = [&cold.zygote, &cold.quiet, &cold.no_zygote, &cold.stdio, &cold.stdio_quiet];
         let failed: usize = rows.iter().map(|samples| samples.failed).sum();
+        let Neighbour { alone, beside } = &self.neighbour;
+        let worst = beside.iter().map(|(_, samples)| samples.percentile(95.0)).fold(f64::NAN, f64::max);
         writeln!(f, "| promise | bound | here | kept |")?;
         writeln!(f, "|---|---|---|---|")?;
         for (promise, bound, here) in [
@@ -163,6 +181,7 @@ impl Report {
             ("cold after quiet to cold, p50", 2.0, cold.quiet.percentile(50.0) / p50),
             ("stdio p50 to `runc run` p50", 0.25, cold.stdio.percentile(50.0) / runc),
             ("nginx throughput to warm throughput", 1.0 / 0.9, 1.0 / self.warm.funtainer.to_nginx),
+            ("a neighbour's p95 beside the worst bomb to alone", 2.0, worst / alone.percentile(95.0)),
             ("platform's share of an idle instance, MiB", 1.5, self.memory.platform_kib / 1024.0),
             ("keeper, MB", 4.0, self.memory.keeper_kib as f64 * 1024.0 / 1e6),
             ("failed cold calls", 0.0, failed as f64),

@@ -40,6 +40,9 @@ pub struct DeployRequest {
     /// Memory of an instance, such as `512M`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<String>,
+    /// Further settings of its containers.
+    #[serde(default)]
+    pub container: ContainerSettings,
     /// Calls at once in one instance.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub concurrency: Option<NonZeroU32>,
@@ -61,6 +64,51 @@ pub struct DeployRequest {
     /// How long a call may take.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout: Option<String>,
+}
+
+/// Settings of a container, the same for a deploy and a run. What is not set has its default.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ContainerSettings {
+    /// Replaces the image's ENTRYPOINT and leaves its CMD out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entrypoint: Option<Vec<String>>,
+    /// Replaces the image's USER.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Replaces the image's WORKDIR.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_dir: Option<String>,
+    /// Processors at most, such as `0.5`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<String>,
+    /// Share of the processors where they are contended for, 1 to 10,000 (100).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_weight: Option<u16>,
+    /// Processes and threads at most (4096).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pids: Option<u32>,
+    /// Room of the writable layer, such as `64M`; as much as the memory without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub writable: Option<String>,
+    /// Open files of a process at most (65536).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub open_files: Option<u32>,
+    /// Whether setuid bits and file capabilities are without effect (true).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_new_privileges: Option<bool>,
+    /// Whether the root file system has no writable layer (false).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read_only: Option<bool>,
+    /// File systems in memory: `PATH` or `PATH:SIZE`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tmpfs: Option<Vec<String>>,
+    /// `on` (the default) or `off`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
+    /// What is open besides: `ADDRESS[/PREFIX][:PORT[-PORT]][/tcp|/udp]`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub egress: Option<Vec<String>>,
 }
 
 /// Body of `POST /functions/NAME/scale`.
@@ -94,6 +142,9 @@ pub struct RunRequest {
     /// Memory of the instance, such as `512M`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<String>,
+    /// Further settings of its container.
+    #[serde(default)]
+    pub container: ContainerSettings,
 }
 
 /// Query of `GET /functions/NAME/logs`.
@@ -168,6 +219,8 @@ pub struct FunctionSettings {
     pub args: Option<Vec<String>>,
     /// Memory of an instance.
     pub memory: String,
+    /// Further settings of its containers.
+    pub container: ContainerSettings,
     /// Calls at once in one instance.
     pub concurrency: NonZeroU32,
     /// Instances that are kept without calls.
@@ -246,6 +299,7 @@ impl DeployRequest {
         spec.env = variables(&self.env)?;
         spec.args.clone_from(&self.args);
         set(&mut spec.limits.memory, self.memory.as_deref(), |text| setting("memory", text))?;
+        self.container.apply(&mut spec)?;
         set(&mut spec.scale.idle_timeout, self.idle_timeout.as_deref(), |text| duration("idle_timeout", text))?;
         set(&mut spec.timeouts.start, self.start_timeout.as_deref(), |text| duration("start_timeout", text))?;
         set(&mut spec.timeouts.call, self.timeout.as_deref(), |text| duration("timeout", text))?;
@@ -257,6 +311,52 @@ impl DeployRequest {
     }
 }
 
+impl ContainerSettings {
+    /// Puts what is set into `spec`.
+    fn apply(&self, spec: &mut FunctionSpec) -> Result<(), Failure> {
+        spec.entrypoint = self.entrypoint.clone().or(spec.entrypoint.take());
+        spec.user = self.user.clone().or(spec.user.take());
+        spec.working_dir = self.working_dir.clone().or(spec.working_dir.take());
+        let limits = &mut spec.limits;
+        limits.cpus = self.cpus.as_deref().map(|text| setting("cpus", text)).transpose()?.or(limits.cpus);
+        limits.cpu_weight = self.cpu_weight.unwrap_or(limits.cpu_weight);
+        limits.pids = self.pids.unwrap_or(limits.pids);
+        limits.writable = self.writable.as_deref().map(|text| setting("writable", text)).transpose()?.or(limits.writable);
+        limits.open_files = self.open_files.unwrap_or(limits.open_files);
+        let isolation = &mut spec.isolation;
+        isolation.no_new_privileges = self.no_new_privileges.unwrap_or(isolation.no_new_privileges);
+        isolation.read_only = self.read_only.unwrap_or(isolation.read_only);
+        set(&mut isolation.network, self.network.as_deref(), |text| setting("network", text))?;
+        if let Some(tmpfs) = &self.tmpfs {
+            isolation.tmpfs = tmpfs.iter().map(|text| setting("tmpfs", text)).collect::<Result<_, _>>()?;
+        }
+        if let Some(egress) = &self.egress {
+            isolation.egress = egress.iter().map(|text| setting("egress", text)).collect::<Result<_, _>>()?;
+        }
+        Ok(())
+    }
+
+    /// All settings of `spec` as they are.
+    fn of(spec: &FunctionSpec) -> Self {
+        let (limits, isolation) = (&spec.limits, &spec.isolation);
+        Self {
+            entrypoint: spec.entrypoint.clone(),
+            user: spec.user.clone(),
+            working_dir: spec.working_dir.clone(),
+            cpus: limits.cpus.map(|cpus| cpus.to_string()),
+            cpu_weight: Some(limits.cpu_weight),
+            pids: Some(limits.pids),
+            writable: limits.writable.map(|size| size.to_string()),
+            open_files: Some(limits.open_files),
+            no_new_privileges: Some(isolation.no_new_privileges),
+            read_only: Some(isolation.read_only),
+            tmpfs: Some(isolation.tmpfs.iter().map(ToString::to_string).collect()),
+            network: Some(isolation.network.to_string()),
+            egress: Some(isolation.egress.iter().map(ToString::to_string).collect()),
+        }
+    }
+}
+
 impl RunRequest {
     /// The settings of a command that runs once. The engine gives it a name of its own.
     pub(crate) fn spec(&self) -> Result<FunctionSpec, Failure> {
@@ -265,12 +365,14 @@ impl RunRequest {
         spec.args.clone_from(&self.args);
         spec.env = variables(&self.env)?;
         set(&mut spec.limits.memory, self.memory.as_deref(), |text| setting::<ByteSize>("memory", text))?;
+        self.container.apply(&mut spec)?;
         checked(spec)
     }
 }
 
 impl From<FunctionView> for Function {
     fn from(view: FunctionView) -> Self {
+        let container = ContainerSettings::of(&view.spec);
         let FunctionSpec { contract, env, args, scale, limits, timeouts, .. } = view.spec;
         Self {
             name: view.id.name.to_string(),
@@ -285,6 +387,7 @@ impl From<FunctionView> for Function {
                 env: env.iter().map(|var| (var.name().to_owned(), var.value().to_owned())).collect(),
                 args,
                 memory: limits.memory.to_string(),
+                container,
                 concurrency: view.concurrency,
                 min: scale.min,
                 max: scale.max,
