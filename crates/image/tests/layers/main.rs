@@ -7,4 +7,5 @@ mod mounted;
 mod overlay;
 mod snapshot;
 mod torture;
+mod unpack;
 mod written;
