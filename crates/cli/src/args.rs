@@ -71,6 +71,8 @@ pub(crate) enum Command {
     Version,
     #[command(hide = true)]
     Daemon(Daemon),
+    #[command(hide = true)]
+    Unpack(Unpack),
 }
 
 /// Start the server
@@ -353,6 +355,20 @@ pub(crate) struct Daemon {
     /// Number of TCP listeners handed over.
     #[arg(long)]
     pub(crate) listeners: usize,
+}
+
+/// Unpacks or removes a layer where an ordinary user's server may not mount it; started by `serve`, not by hand
+#[derive(Debug, Args)]
+pub(crate) struct Unpack {
+    /// Name of the directory to make of the layer that was handed over.
+    #[arg(long, required_unless_present = "remove", conflicts_with = "remove")]
+    pub(crate) name: Option<String>,
+    /// Name of the directory to remove.
+    #[arg(long)]
+    pub(crate) remove: Option<String>,
+    /// How many user and group ids there are.
+    #[arg(long)]
+    pub(crate) ids: u32,
 }
 
 /// How an image is spoken to.

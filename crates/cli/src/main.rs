@@ -9,6 +9,7 @@ mod failure;
 mod progress;
 mod serve;
 mod streams;
+mod unpack;
 
 use std::process::ExitCode;
 
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
     let result = match command {
         Command::Serve(serve) => serve::serve(serve),
         Command::Daemon(daemon) => daemon::daemon(&daemon),
+        Command::Unpack(unpack) => return unpack::unpack(&unpack),
         command => ask(&host, output, command),
     };
     match result {

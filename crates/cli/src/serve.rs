@@ -15,6 +15,7 @@ pub(crate) fn serve(serve: Serve) -> anyhow::Result<ExitCode> {
         admin: serve.admin,
         data: serve.data,
         daemon: vec!["funtainer".into(), "daemon".into()],
+        unpack: vec!["funtainer".into(), "unpack".into()],
         announce,
         log,
     };

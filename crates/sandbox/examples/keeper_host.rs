@@ -34,6 +34,7 @@ fn serve(admin: &str, data: &str) -> Result<ExitCode, Box<dyn Error>> {
         admin: admin.into(),
         data: data.into(),
         daemon: vec!["keeper_host".into(), "daemon".into()],
+        unpack: vec!["keeper_host".into(), "unpack".into()],
         announce: |address| {
             println!("listening on http://{address}");
             // A closed pipe is the reader's affair.

@@ -179,6 +179,11 @@ impl Hierarchy {
         }
     }
 
+    /// No groups at all: for a server that may make none. Instances have neither limits nor counts.
+    pub fn none() -> Self {
+        Self { name: String::new(), tops: Vec::new(), missing: Vec::new() }
+    }
+
     /// Limits and counts that this machine does not offer, as words for a warning: `memory limit`, `process limit`, `processor time`.
     pub fn missing(&self) -> &[&'static str] {
         &self.missing
@@ -202,6 +207,9 @@ impl Hierarchy {
     /// Removes the top groups. Those of all instances must be gone, else `EBUSY` and what remains is left for the next sweep: what can be
     /// removed is, and the first error is told.
     pub fn close(self) -> Result<(), CgroupError> {
+        if self.tops.is_empty() {
+            return Ok(());
+        }
         let name = component(&self.name)?;
         let mut outcome = Ok(());
         for top in &self.tops {

@@ -27,7 +27,8 @@ use crate::seccomp::Filter;
 use crate::signals::{self, FORWARD, SignalSet};
 use crate::step::StepError;
 use crate::title::Title;
-use crate::{cgroup, fds, netns, userns};
+use crate::userns::{self, IdRange};
+use crate::{cgroup, fds, netns};
 
 /// What a place in the shared page holds until the init has written its main process's wait status: no wait status looks like it.
 pub(crate) const NO_STATUS: i32 = i32::MIN;
@@ -55,6 +56,9 @@ pub(crate) struct Prepared {
     uid: Uid,
     gid: Gid,
     groups: Vec<Gid>,
+    /// Capabilities of the image's process: by the user that the image names, also where another one stands in for it.
+    kept: CapabilitySet,
+    ids: IdRange,
     read_only_root: bool,
     stop_signal: i32,
 }
@@ -74,7 +78,7 @@ struct PreparedFile {
 
 impl Prepared {
     /// From a checked specification.
-    pub(crate) fn new(spec: &RevisionSpec, filter: Filter, title: Title) -> Self {
+    pub(crate) fn new(spec: &RevisionSpec, ids: IdRange, filter: Filter, title: Title) -> Self {
         let files = spec.files.iter().map(|file| {
             let mut places = places(&file.path);
             let place = places.pop().unwrap_or(Place { parent: c".".to_owned(), name: c".".to_owned() });
@@ -91,9 +95,11 @@ impl Prepared {
             files: files.collect(),
             listeners: spec.listeners.clone(),
             sockets: spec.sockets,
-            uid: Uid::from_raw(spec.uid),
-            gid: Gid::from_raw(spec.gid),
-            groups: spec.groups.iter().map(|group| Gid::from_raw(*group)).collect(),
+            uid: Uid::from_raw(ids.inside(spec.uid)),
+            gid: Gid::from_raw(ids.inside(spec.gid)),
+            groups: if ids.is_single() { Vec::new() } else { spec.groups.iter().map(|group| Gid::from_raw(*group)).collect() },
+            kept: if spec.uid == 0 { userns::KEPT } else { CapabilitySet::empty() },
+            ids,
             read_only_root: spec.isolation.read_only,
             stop_signal: spec.stop_signal.number().into(),
         }
@@ -239,7 +245,7 @@ fn mounts(prepared: &Prepared, root: OwnedFd) -> Result<(), Failed> {
     mount::move_tree(c"/dev", place(c"dev")?.as_fd()).map_err(&failed)?;
     let shm = Tmpfs { size_bytes: SHM_BYTES, uid: 0, gid: 0, mode: 0o1777, attributes: INERT };
     for (name, made) in [
-        (c"dev/pts", mount::devpts()),
+        (c"dev/pts", mount::devpts(prepared.ids)),
         (c"dev/shm", mount::tmpfs(&shm)),
         (c"dev/mqueue", mount::mqueue()),
         (c"proc", mount::procfs()),
@@ -397,8 +403,7 @@ fn change(child: &Child<'_>) -> Result<(), Failed> {
     fds::close_from(3).map_err(&privileges)?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     userns::become_user(prepared.uid, prepared.gid, &prepared.groups).map_err(during(InitStep::Privileges))?;
-    let kept = if prepared.uid.is_root() { userns::KEPT } else { CapabilitySet::empty() };
-    userns::set_capabilities(kept).map_err(during(InitStep::Privileges))?;
+    userns::set_capabilities(prepared.kept).map_err(during(InitStep::Privileges))?;
     signals::set_mask(&SignalSet::empty()).map_err(&privileges)
 }
 

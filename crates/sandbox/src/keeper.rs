@@ -18,8 +18,10 @@ mod jail;
 mod layers;
 mod link;
 mod listen;
+mod mode;
 mod requests;
 mod resident;
+mod unpacked;
 mod zygotes;
 
 use std::ffi::{CString, OsString};
@@ -45,12 +47,14 @@ use crate::step::{StepError, at};
 use crate::title::{Title, TitleError};
 use crate::{fds, protocol};
 
-use data::{DaemonUser, DataDirectory};
+use data::DataDirectory;
 use instances::Instances;
 use jail::Birth;
 use layers::Layers;
 use link::{Fault, Link};
 use listen::{Admin, Tcp};
+use mode::Mode;
+use unpacked::Unpacked;
 use zygotes::Zygotes;
 
 /// What the daemon may take to drain, as it is told; the rest up to [`STOP_MAX`] is for its own end.
@@ -73,6 +77,8 @@ const TOKEN_DAEMON: u64 = 1;
 const TOKEN_DAEMON_END: u64 = 2;
 /// Zygote K has this plus 2 K for its socket, plus 1 for its end.
 const TOKEN_ZYGOTES: u64 = 16;
+/// Unpacker K has this plus K: far above what zygotes come to.
+const TOKEN_UNPACKERS: u64 = 1 << 48;
 
 /// How `funtainer serve` is set up.
 #[derive(Debug, Clone)]
@@ -85,6 +91,8 @@ pub struct KeeperSettings {
     pub data: PathBuf,
     /// Command line of the daemon, which is this program again: `funtainer daemon`. `--listeners N` is put behind it.
     pub daemon: Vec<OsString>,
+    /// Command line of an unpacker, likewise: `funtainer unpack`. What it is to do is put behind it; see `unpacker`.
+    pub unpack: Vec<OsString>,
     /// Told once, when the first daemon accepts calls.
     pub announce: fn(SocketAddr),
     /// Told what an operator should know, as one line without its end.
@@ -133,8 +141,8 @@ pub enum KeeperError {
         /// Which.
         path: PathBuf,
     },
-    /// A directory that only root may write to is somebody else's.
-    #[error("{} must belong to root and be writable by nobody else", path.display())]
+    /// A directory that only the keeper may write to is somebody else's.
+    #[error("{} must belong to who runs `funtainer serve` and be writable by nobody else", path.display())]
     Foreign {
         /// Which.
         path: PathBuf,
@@ -204,7 +212,7 @@ struct Respawn {
 
 struct Keeper {
     settings: KeeperSettings,
-    user: DaemonUser,
+    mode: Mode,
     title: Title,
     epoll: OwnedFd,
     signals: OwnedFd,
@@ -221,6 +229,8 @@ struct Keeper {
     /// Since when the keeper is asked to stop.
     stopping: Option<Instant>,
     layers: Layers,
+    /// In a keeper that may not mount layers.
+    unpacked: Option<Unpacked>,
     zygotes: Zygotes,
     instances: Instances,
     /// Mounts whose release costs a grace period of the kernel: released when nothing waits.
@@ -240,20 +250,14 @@ pub fn run(settings: KeeperSettings) -> Result<Ended, KeeperError> {
 
 impl Keeper {
     fn open(settings: KeeperSettings) -> Result<Self, KeeperError> {
-        if !rustix::process::geteuid().is_root() {
-            let reason = "the sandbox is made by root: run `funtainer serve` with sudo".to_owned();
-            return Err(KeeperError::Missing(Missing { feature: "root", reason }));
-        }
         if std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count) != 1 {
             return Err(KeeperError::Threads);
         }
         // What is made below has the mode that its maker wrote, whatever the caller's shell masks.
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-        let user = DaemonUser::find();
-        let data = DataDirectory::open(&settings.data, user)?;
-        if let Some(missing) = mount::probe(data.layers.as_fd()).into_iter().next() {
-            return Err(KeeperError::Missing(missing));
-        }
+        let mode = Mode::decide(settings.log)?;
+        let data = DataDirectory::open(&settings.data, &mode)?;
+        let unpacked = open_unpacked(&data, &mode, settings.log)?;
         // SIGIO says that a lease is being broken, which is looked at where it matters; its default would end the process.
         let handled = SignalSet::of(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGIO]);
         signals::set_mask(&handled).map_err(at("block signals"))?;
@@ -265,12 +269,12 @@ impl Keeper {
         unsafe { title.set(b"funtainer serve") };
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(at("make an epoll"))?;
         epoll::add(&epoll, &signals, EventData::new_u64(TOKEN_SIGNALS), EventFlags::IN).map_err(at("watch signals"))?;
-        let cgroups = Hierarchy::open(&Layout::detect()?, &format!("funtainer-{}", data.id))?;
+        let cgroups = open_cgroups(&data.id, &mode, settings.log)?;
         for missing in cgroups.missing() {
             (settings.log)(&format!("control groups here have no {missing}: instances run without it"));
         }
         let (Tcp { address, sockets: tcp }, admin) =
-            match listen::tcp(settings.listen).and_then(|tcp| Ok((tcp, listen::admin(&settings.admin)?))) {
+            match listen::tcp(settings.listen).and_then(|tcp| Ok((tcp, listen::admin(&settings.admin, &mode)?))) {
                 Ok(listening) => listening,
                 Err(error) => {
                     // Both errors are told: the first is the one to act on.
@@ -282,7 +286,7 @@ impl Keeper {
             };
         Ok(Self {
             settings,
-            user,
+            mode,
             title,
             epoll,
             signals,
@@ -297,6 +301,7 @@ impl Keeper {
             announced: false,
             stopping: None,
             layers: Layers::default(),
+            unpacked,
             zygotes: Zygotes::default(),
             instances: Instances::default(),
             spent: Vec::new(),
@@ -309,6 +314,7 @@ impl Keeper {
     }
 
     fn serve(&mut self) -> Result<Ended, KeeperError> {
+        self.start_unpackers();
         let mut events = Vec::with_capacity(EVENTS);
         loop {
             self.spent.clear();
@@ -332,6 +338,7 @@ impl Keeper {
                             return Ok(ended);
                         }
                     }
+                    unpacker if unpacker >= TOKEN_UNPACKERS => self.on_unpacker(unpacker - TOKEN_UNPACKERS),
                     zygote => self.on_zygote(zygote - TOKEN_ZYGOTES, flags),
                 }
             }
@@ -402,7 +409,8 @@ impl Keeper {
         let data = self.data.mount_for_daemon()?;
         let birth = Birth {
             data: data.as_fd(),
-            user: self.user,
+            user: self.mode.daemon(),
+            single: self.mode.is_single(),
             argv: &argv,
             control: theirs.as_fd(),
             admin: self.admin.socket.as_fd(),
@@ -575,9 +583,43 @@ impl Keeper {
             }
         }
         self.close_zygotes();
+        if let Some(unpacked) = &mut self.unpacked {
+            unpacked.close();
+        }
         if let Err(error) = self.cgroups.close() {
             (self.settings.log)(&format!("a control group remains: {error}"));
         }
+    }
+}
+
+/// Where layers are unpacked, for a keeper that may not mount them; tries first what the keeper will do.
+fn open_unpacked(data: &DataDirectory, mode: &Mode, log: fn(&str)) -> Result<Option<Unpacked>, KeeperError> {
+    let missing = if mode.is_rootless() {
+        crate::rootless::probe(data.layers.as_fd(), mode.range(0))
+    } else {
+        mount::probe(data.layers.as_fd())
+    };
+    if let Some(missing) = missing.into_iter().next() {
+        return Err(KeeperError::Missing(missing));
+    }
+    if !mode.is_rootless() {
+        return Ok(None);
+    }
+    Ok(Some(Unpacked::open(data.root.as_fd(), data.layers.as_fd(), mode, log)?))
+}
+
+/// An ordinary user may have no control group to put instances in: then there are none.
+fn open_cgroups(id: &str, mode: &Mode, log: fn(&str)) -> Result<Hierarchy, KeeperError> {
+    let opened = Layout::detect().and_then(|layout| Hierarchy::open(&layout, &format!("funtainer-{id}")));
+    match opened {
+        Err(error) if mode.is_rootless() => {
+            log(&format!(
+                "no control group is delegated to this user ({error}): memory and CPU of instances are not limited, but for their writable files \
+                 and the number of their processes"
+            ));
+            Ok(Hierarchy::none())
+        }
+        other => Ok(other?),
     }
 }
 

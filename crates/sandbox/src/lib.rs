@@ -22,5 +22,6 @@ pub mod step;
 #[cfg(test)]
 mod testing;
 pub mod title;
+pub mod unpacker;
 pub mod userns;
 mod zygote;

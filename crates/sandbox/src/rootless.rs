@@ -14,7 +14,10 @@
 //! check the maps against the administrator's files.
 
 mod lacks;
+mod probe;
 mod subordinate;
+
+pub(crate) use probe::probe;
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::process::{Command, Stdio};
@@ -184,6 +187,13 @@ fn become_root_of(namespace: BorrowedFd<'_>) -> Result<(), StepError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl Ids {
+        /// This many subordinate ids.
+        pub(crate) fn of(count: u32) -> Self {
+            ids(&format!("ada:100000:{count}\n"))
+        }
+    }
 
     fn ids(text: &str) -> Ids {
         Ids::Subordinate(Subordinate::from_files(text, text, &["ada"], 1000, 1000).expect("ids"))

@@ -26,13 +26,14 @@ use crate::clone::{Cloned, clone3};
 use crate::fds::{self, Fds};
 use crate::init::{self, NO_STATUS, Prepared, Start};
 use crate::mount::{self, Tmpfs};
+use crate::netns;
 use crate::orders::{DATAGRAM_BYTES, Order, Report};
 use crate::protocol::{RevisionSpec, SocketCounts, Streams};
 use crate::seccomp::{self, Filter};
 use crate::signals::{self, SignalSet};
 use crate::step::{StepError, at, checked};
 use crate::title::Title;
-use crate::{netns, userns};
+use crate::userns::{self, IdRange};
 
 /// Most instances of one zygote: the places in its shared page.
 pub(crate) const INSTANCES_MAX: usize = 1024;
@@ -48,6 +49,8 @@ const ROOT_BYTES: u64 = 64 << 10;
 /// What a zygote is made from.
 pub(crate) struct Plan<'a> {
     pub(crate) spec: &'a RevisionSpec,
+    /// The ids of its user namespace.
+    pub(crate) ids: IdRange,
     pub(crate) title: Title,
     /// Shown behind `funtainer zygote`.
     pub(crate) name: &'a str,
@@ -168,7 +171,7 @@ impl<'a> Zygote<'a> {
         minimal_root()?;
         let limit = rustix::fs::open("/proc/sys/user/max_user_namespaces", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
         limit.and_then(|file| rustix::io::write(file, b"0")).map_err(at("forbid nested user namespaces"))?;
-        let prepared = Prepared::new(plan.spec, Filter::compile(&seccomp::DEFAULT), plan.title);
+        let prepared = Prepared::new(plan.spec, plan.ids, Filter::compile(&seccomp::DEFAULT), plan.title);
         let statuses = Statuses::new().map_err(at("map the shared page"))?;
         // SAFETY: one thread, which reads neither arguments nor environment.
         unsafe { plan.title.set(format!("funtainer zygote {}", plan.name).as_bytes()) };

@@ -1,10 +1,11 @@
 //! The data directory, and who the daemon is on the host.
 //!
 //! ```text
-//! DIR/            root, 0755
+//! DIR/            root, 0755; an ordinary user's: 0711
 //!   lock  id      root; the lock is held as long as a keeper lives
 //!   store/        the daemon's; store/layers is root's: only the keeper puts files there
 //!   state/ logs/  the daemon's
+//!   unpacked/     an ordinary user's alone: see `unpacked`
 //! ```
 
 use std::fs;
@@ -13,12 +14,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode as FileMode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::OpenTreeFlags;
 use rustix::process::{Gid, Uid};
 
 use super::KeeperError;
+use super::mode::Mode;
 use crate::step::{StepError, at};
 
 /// The daemon's ids where the host has no user `funtainer`: above all that distributions give out, below those of functions.
@@ -67,6 +69,8 @@ pub(super) struct DataDirectory {
     pub(super) path: PathBuf,
     /// 16 hex digits.
     pub(super) id: String,
+    /// The directory itself.
+    pub(super) root: OwnedFd,
     /// `store/layers`, by which layers are opened and committed: no path that the daemon could bend is used again.
     pub(super) layers: OwnedFd,
     /// Released by the kernel with this process.
@@ -75,12 +79,14 @@ pub(super) struct DataDirectory {
 
 impl DataDirectory {
     /// Makes what is missing, takes the lock, reads or makes the id.
-    pub(super) fn open(path: &Path, daemon: DaemonUser) -> Result<Self, KeeperError> {
+    pub(super) fn open(path: &Path, mode: &Mode) -> Result<Self, KeeperError> {
+        let daemon = mode.daemon();
         let fail = |source| KeeperError::Data { path: path.to_owned(), source };
-        make_directory(path, 0o755, None).map_err(fail)?;
+        // The daemon must get through; a user's other neighbours need not see what there is.
+        make_directory(path, if mode.is_rootless() { 0o711 } else { 0o755 }, None).map_err(fail)?;
         let path = path.canonicalize().map_err(fail)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let root = rustix::fs::open(&path, flags, Mode::empty()).map_err(|e| fail(e.into()))?;
+        let root = rustix::fs::open(&path, flags, FileMode::empty()).map_err(|e| fail(e.into()))?;
         // Who may write here could put another lock, id or store in place.
         require_roots(&root, &path)?;
         let lock = lock(&path)?;
@@ -88,16 +94,17 @@ impl DataDirectory {
             make_directory(&path.join(name), 0o700, Some(daemon)).map_err(fail)?;
         }
         // The daemon owns `store` and could put a link there.
-        let open = |at: &OwnedFd, name: &str| rustix::fs::openat(at, name, flags, Mode::empty()).map_err(|e| fail(e.into()));
+        let open =
+            |at: &OwnedFd, name: &str| rustix::fs::openat(at, name, flags, FileMode::empty()).map_err(|e| fail(e.into()));
         let store = open(&root, "store")?;
-        match rustix::fs::mkdirat(&store, "layers", Mode::from_raw_mode(0o755)) {
+        match rustix::fs::mkdirat(&store, "layers", FileMode::from_raw_mode(0o755)) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(errno) => return Err(fail(errno.into())),
         }
         let layers = open(&store, "layers")?;
         require_roots(&layers, &path.join("store/layers"))?;
         let id = id(&path).map_err(fail)?;
-        Ok(Self { path, id, layers, _lock: lock })
+        Ok(Self { path, id, root, layers, _lock: lock })
     }
 
     /// A mount of the directory for a new daemon to attach. Layers are committed through the same mount from now on: link(2) does not
@@ -107,7 +114,7 @@ impl DataDirectory {
         let tree = rustix::mount::open_tree(rustix::fs::CWD, &self.path, flags).map_err(at("clone the data directory"))?;
         let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let layers = rustix::fs::openat2(&tree, "store/layers", flags, Mode::empty(), beneath);
+        let layers = rustix::fs::openat2(&tree, "store/layers", flags, FileMode::empty(), beneath);
         let identity = |fd: &OwnedFd| rustix::fs::fstat(fd).map(|found| (found.st_dev, found.st_ino));
         match layers {
             // `store` is the daemon's: a former one may have put another directory there. Then nothing more can be committed.

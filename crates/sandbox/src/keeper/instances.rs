@@ -187,8 +187,9 @@ impl Keeper {
         let group = GroupLimits { memory_bytes: limits.memory.as_bytes(), pids_max: limits.pids };
         let cgroup = self.cgroups.create(&id.to_string(), group).map_err(|error| cgroup_refusal(&error))?;
         let made = (|| {
-            let writable = Writable::make(limits.writable_bytes(), zygote.base).map_err(refusal)?;
-            let root = mount::overlay(&zygote.layers.borrow(), &writable).map_err(refusal)?;
+            let writable = Writable::make(limits.writable_bytes(), zygote.ids.base).map_err(refusal)?;
+            let overlay = if self.mode.is_rootless() { mount::overlay_of_user } else { mount::overlay };
+            let root = overlay(&zygote.layers.borrow(), &writable).map_err(refusal)?;
             let stderr = Pipe::log()?;
             let stdout = if call.is_none() { Some(Pipe::log()?) } else { None };
             Ok((writable, root, stderr, stdout))

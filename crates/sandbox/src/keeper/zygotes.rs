@@ -17,12 +17,15 @@ use rustix::net::RecvFlags;
 
 use super::layers::{Lent, refusal};
 use super::link::{Fault, Link};
+use super::mode::Slots;
+use super::unpacked::{Parked, Presence};
 use super::{Keeper, Requester, TOKEN_ZYGOTES, TURN_MESSAGES};
+use crate::fds;
 use crate::orders::{DATAGRAM_BYTES, Order, Report};
 use crate::protocol::{Refusal, Reply, RevisionSpec, Streams};
 use crate::step::StepError;
+use crate::userns::{self, IdRange};
 use crate::zygote::{self, Forked, Plan};
-use crate::{fds, userns};
 
 /// A zygote without instances ends after this.
 const IDLE_MAX: Duration = Duration::from_mins(10);
@@ -30,13 +33,6 @@ const IDLE_MAX: Duration = Duration::from_mins(10);
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 /// Most zygotes: each is a process of the host and holds its layers open.
 const ZYGOTES_MAX: usize = 1024;
-/// First host id of the functions' ranges.
-const RANGES_BASE: u32 = 0x7000_0000;
-/// Most functions that run at once.
-const SLOTS_MAX: u32 = 0x8000;
-
-const _: () =
-    assert!(RANGES_BASE as u64 + SLOTS_MAX as u64 * userns::IDS as u64 <= 0xFFFF_0000, "ids end below the reserved ones");
 
 /// How far a zygote is.
 enum State {
@@ -50,8 +46,8 @@ enum State {
 pub(super) struct Zygote {
     revision: RevisionId,
     function: String,
-    /// First host id of its range.
-    pub(super) base: u32,
+    /// Its host ids.
+    pub(super) ids: IdRange,
     pub(super) streams: Streams,
     pub(super) limits: Limits,
     pub(super) layers: Lent,
@@ -80,41 +76,7 @@ pub(super) struct Zygotes {
     /// Those that can be used.
     by_revision: HashMap<RevisionId, u64>,
     next_key: u64,
-    slots: Slots,
-}
-
-/// Host id ranges: one per function that has a zygote.
-#[derive(Default)]
-struct Slots {
-    /// Slot and number of zygotes.
-    by_function: HashMap<String, (u32, usize)>,
-    taken: Vec<bool>,
-}
-
-impl Slots {
-    fn acquire(&mut self, function: &str) -> Option<u32> {
-        if let Some((slot, users)) = self.by_function.get_mut(function) {
-            *users += 1;
-            return Some(*slot);
-        }
-        let free = self.taken.iter().position(|taken| !taken).unwrap_or(self.taken.len());
-        let slot = u32::try_from(free).ok().filter(|slot| *slot < SLOTS_MAX)?;
-        if free == self.taken.len() {
-            self.taken.push(false);
-        }
-        self.taken[free] = true;
-        self.by_function.insert(function.to_owned(), (slot, 1));
-        Some(slot)
-    }
-
-    fn release(&mut self, function: &str) {
-        let Some((slot, users)) = self.by_function.get_mut(function) else { return };
-        *users -= 1;
-        if *users == 0 {
-            self.taken[*slot as usize] = false;
-            self.by_function.remove(function);
-        }
-    }
+    pub(super) slots: Slots,
 }
 
 impl Zygotes {
@@ -217,20 +179,34 @@ impl Keeper {
             self.reply(requester, &Reply::Refused(Refusal::Exhausted("zygotes".to_owned())), &[]);
             return;
         }
-        let Some(slot) = self.zygotes.slots.acquire(&function) else {
+        let (mode, unpacked) = (&self.mode, &self.unpacked);
+        let suits = |slot| unpacked.as_ref().is_none_or(|unpacked| unpacked.has_all(mode, slot, &spec.layers));
+        let Some(slot) = self.zygotes.slots.acquire(&function, mode, suits) else {
             self.reply(requester, &Reply::Refused(Refusal::Exhausted("host id ranges".to_owned())), &[]);
             return;
         };
-        let base = RANGES_BASE + slot * userns::IDS;
+        match self.unpack_all(slot, &spec.layers) {
+            Ok(Presence::There) => {}
+            // Comes back here when they are.
+            Ok(Presence::Coming) => {
+                let spec = Box::new(spec.clone());
+                return self.park(Parked { requester, revision, function, title: title.to_owned(), spec, slot });
+            }
+            Err(refused) => {
+                self.zygotes.slots.release(&function);
+                return self.reply(requester, &Reply::Refused(refused), &[]);
+            }
+        }
+        let ids = self.mode.range(slot);
         let key = self.zygotes.next_key;
-        match self.fork_zygote(key, base, title, spec) {
+        match self.fork_zygote(key, slot, title, spec) {
             Ok((Forked { pid, pidfd }, link, layers)) => {
                 self.zygotes.next_key += 1;
                 let now = Instant::now();
                 let zygote = Zygote {
                     revision,
                     function,
-                    base,
+                    ids,
                     streams: spec.streams,
                     limits: spec.limits,
                     layers,
@@ -256,13 +232,13 @@ impl Keeper {
         }
     }
 
-    fn fork_zygote(&mut self, key: u64, base: u32, name: &str, spec: &RevisionSpec) -> Result<(Forked, Link, Lent), Refusal> {
+    fn fork_zygote(&mut self, key: u64, slot: u32, name: &str, spec: &RevisionSpec) -> Result<(Forked, Link, Lent), Refusal> {
         let failed = |step| move |errno| refusal(StepError { step, errno });
         let (ours, theirs) = fds::pair().map_err(failed("make a zygote's socket"))?;
-        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd() };
+        let plan = Plan { spec, ids: self.mode.range(slot), title: self.title, name, socket: theirs.as_fd() };
         // SAFETY: the keeper has one thread, as was checked at its start.
         let forked = unsafe { zygote::fork(&plan) }.map_err(failed("clone a zygote"))?;
-        let equipped = self.equip_zygote(&forked, base, spec, ours, key);
+        let equipped = self.equip_zygote(&forked, slot, spec, ours, key);
         match equipped {
             Ok((link, layers)) => Ok((forked, link, layers)),
             Err(error) => {
@@ -281,16 +257,19 @@ impl Keeper {
     fn equip_zygote(
         &mut self,
         forked: &Forked,
-        base: u32,
+        slot: u32,
         spec: &RevisionSpec,
         socket: OwnedFd,
         key: u64,
     ) -> Result<(Link, Lent), Refusal> {
-        userns::write_maps(forked.pid, base).map_err(refusal)?;
+        userns::write_maps(forked.pid, self.mode.range(slot)).map_err(refusal)?;
         let path = format!("/proc/{}/ns/user", forked.pid);
         let ids = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| refusal(StepError { step: "open a user namespace", errno }))?;
-        let layers = self.layers.lend(self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
+        let layers = match &self.unpacked {
+            None => self.layers.lend(self.data.layers.as_fd(), &spec.layers, ids.as_fd())?,
+            Some(unpacked) => unpacked.lend(slot, &spec.layers)?,
+        };
         let failed = |errno| refusal(StepError { step: "watch a zygote", errno });
         let token = TOKEN_ZYGOTES + 2 * key;
         epoll::add(&self.epoll, &forked.pidfd, EventData::new_u64(token + 1), EventFlags::IN).map_err(failed)?;

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountAttrFlags, OpenTreeFlags, fsconfig_set_fd, fsconfig_set_string, open_tree};
+use rustix::mount::{MountAttrFlags, OpenTreeFlags, fsconfig_set_fd, fsconfig_set_flag, fsconfig_set_string, open_tree};
 use rustix::process::{Gid, Uid};
 
 use super::{Attributes, Tmpfs, create, open, read_only, set_attributes, tmpfs};
@@ -113,13 +113,24 @@ impl Writable {
 /// Makes an overlay of `layers`, the **uppermost first**, under the writable part; `nodev`, attached nowhere. It holds all it needs: the
 /// descriptors may be closed. `EINVAL` without a layer.
 pub fn overlay(layers: &[BorrowedFd<'_>], writable: &Writable) -> Result<OwnedFd, StepError> {
+    overlay_by(&open(c"overlay", "fsopen overlay")?, layers, writable)
+}
+
+/// As [`overlay`], in a user namespace that is not the first: the layers are directories, and overlayfs keeps its marks in `user.overlay.*`,
+/// since `trusted.*` is for root of the machine. The upper file system must have such attributes, which tmpfs has since Linux 6.6.
+pub fn overlay_of_user(layers: &[BorrowedFd<'_>], writable: &Writable) -> Result<OwnedFd, StepError> {
     let context = open(c"overlay", "fsopen overlay")?;
+    fsconfig_set_flag(&context, c"userxattr").map_err(at("set userxattr of an overlay"))?;
+    overlay_by(&context, layers, writable)
+}
+
+fn overlay_by(context: &OwnedFd, layers: &[BorrowedFd<'_>], writable: &Writable) -> Result<OwnedFd, StepError> {
     for layer in layers {
-        fsconfig_set_fd(&context, c"lowerdir+", layer).map_err(at("add a layer to an overlay"))?;
+        fsconfig_set_fd(context, c"lowerdir+", layer).map_err(at("add a layer to an overlay"))?;
     }
-    fsconfig_set_fd(&context, c"upperdir", &writable.upper).map_err(at("set the upper directory of an overlay"))?;
-    fsconfig_set_fd(&context, c"workdir", &writable.work).map_err(at("set the work directory of an overlay"))?;
+    fsconfig_set_fd(context, c"upperdir", &writable.upper).map_err(at("set the upper directory of an overlay"))?;
+    fsconfig_set_fd(context, c"workdir", &writable.work).map_err(at("set the work directory of an overlay"))?;
     // `nodev`: an image can carry the node of the host's disk, and container root could open it (reference: user_namespaces(7) hides
     // nodes of file systems mounted inside, which this one is not).
-    create(&context, MountAttrFlags::MOUNT_ATTR_NODEV, "mount an overlay")
+    create(context, MountAttrFlags::MOUNT_ATTR_NODEV, "mount an overlay")
 }

@@ -10,7 +10,8 @@ use rustix::net::{RecvFlags, SendFlags};
 use super::{Writable, attach, devpts, erofs, idmapped, make_private, mqueue, overlay, procfs, sysfs, target};
 use crate::clone::{Cloned, clone3};
 use crate::step::{StepError, at};
-use crate::{fds, netns, userns};
+use crate::userns::{self, IdRange};
+use crate::{fds, netns};
 
 /// A kernel feature that is not there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,7 +69,7 @@ fn try_all(store: BorrowedFd<'_>) -> Result<(), Missing> {
         reason: format!("Linux 6.14 or later with CONFIG_OVERLAY_FS is needed ({error})"),
     })?;
     try_root(&root)?;
-    try_inside(&root)
+    try_inside(&root, TRIAL_BASE.into())
 }
 
 /// The overlay shows the layer, and root inside may write.
@@ -83,15 +84,15 @@ fn try_root(root: &OwnedFd) -> Result<(), Missing> {
 }
 
 /// A child in all namespaces of an instance makes and attaches what an init would.
-fn try_inside(root: &OwnedFd) -> Result<(), Missing> {
+pub(crate) fn try_inside(root: &OwnedFd, ids: IdRange) -> Result<(), Missing> {
     let failed = |reason: String| Missing { feature: "a trial of all namespaces", reason };
     let (ours, theirs) = fds::pair().map_err(|errno| failed(errno.to_string()))?;
     // SAFETY: the child makes system calls by functions that neither allocate nor lock, and ends in `_exit`.
     let cloned =
         unsafe { clone3(NAMESPACES) }.map_err(|errno| missing_userns(&StepError { step: "clone a trial process", errno }))?;
-    let Cloned::Parent { pid, pidfd } = cloned else { report_inside(theirs.as_fd(), root.as_fd()) };
+    let Cloned::Parent { pid, pidfd } = cloned else { report_inside(theirs.as_fd(), root.as_fd(), ids) };
     drop(theirs);
-    let told = userns::write_maps(pid, TRIAL_BASE).map_err(|error| missing_userns(&error)).and_then(|()| {
+    let told = userns::write_maps(pid, ids).map_err(|error| missing_userns(&error)).and_then(|()| {
         // The child's death, if it is dead, is told by the next message that does not come.
         let _ = fds::send(ours.as_fd(), GO, &[], SendFlags::empty());
         let mut report = [0_u8; REPORT_BYTES_MAX];
@@ -113,10 +114,10 @@ fn try_inside(root: &OwnedFd) -> Result<(), Missing> {
 }
 
 /// The whole life of the trial's child: waits for its ids, tries, tells an errno (0 if all works) and the step.
-fn report_inside(socket: BorrowedFd<'_>, root: BorrowedFd<'_>) -> ! {
+fn report_inside(socket: BorrowedFd<'_>, root: BorrowedFd<'_>, ids: IdRange) -> ! {
     let mut word = [0_u8; 8];
     let go = fds::receive(socket, &mut word, RecvFlags::empty());
-    let outcome = if matches!(go, Ok(Some(_))) { make_all(root) } else { Ok(()) };
+    let outcome = if matches!(go, Ok(Some(_))) { make_all(root, ids) } else { Ok(()) };
     let mut report = [0_u8; REPORT_BYTES_MAX];
     let mut length = 4;
     if let Err(StepError { step, errno }) = outcome {
@@ -131,12 +132,12 @@ fn report_inside(socket: BorrowedFd<'_>, root: BorrowedFd<'_>) -> ! {
 }
 
 /// Neither allocates nor locks.
-fn make_all(root: BorrowedFd<'_>) -> Result<(), StepError> {
+fn make_all(root: BorrowedFd<'_>, ids: IdRange) -> Result<(), StepError> {
     userns::become_root()?;
     make_private()?;
     netns::prepare()?;
     let proc = procfs()?;
-    for made in [sysfs(), devpts(), mqueue()] {
+    for made in [sysfs(), devpts(ids), mqueue()] {
         drop(made?);
     }
     // Over /proc of this mount namespace, which is nobody else's: the one directory that is there on every machine.

@@ -98,12 +98,12 @@ impl Subordinate {
 /// libraries; the environment stands in for them.
 fn names(uid: u32) -> Vec<String> {
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    let named = passwd.lines().filter_map(|line| {
+    let found = passwd.lines().filter_map(|line| {
         let mut fields = line.split(':');
         let name = fields.next()?;
         (fields.nth(1)?.parse() == Ok(uid)).then(|| name.to_owned())
     });
-    let mut names: Vec<String> = named.collect();
+    let mut names: Vec<String> = found.collect();
     if names.is_empty() {
         names.extend(["USER", "LOGNAME"].into_iter().filter_map(|name| std::env::var(name).ok()));
     }
@@ -218,7 +218,8 @@ mod tests {
     proptest! {
         #[test]
         fn maps_neither_overlap_nor_leave_gaps(lines in prop::collection::vec((any::<u32>(), 0_u32..200_000), 0..12)) {
-            let text: String = lines.iter().map(|(start, count)| format!("ada:{start}:{count}\n")).collect();
+            let lines: Vec<String> = lines.iter().map(|(start, count)| format!("ada:{start}:{count}")).collect();
+            let text = lines.join("\n");
             let Ok(ids) = find(&text, "ada:1000000:4000000") else { return Ok(()) };
             let mut inside = 0;
             let mut outside: Vec<(u32, u32)> = Vec::new();
