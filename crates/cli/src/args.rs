@@ -8,12 +8,10 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use funtainer_model::{ByteSize, Cpus, EgressRule, EnvVar, Network, QuantityError, TmpfsMount, parse_duration};
 
-/// Where a server is by default: its admin socket.
-pub(crate) const ADMIN_DEFAULT: &str = "/run/funtainer/admin.sock";
+use crate::places::ADMIN_OF_ROOT;
+
 /// Where calls come in by default.
 const LISTEN_DEFAULT: &str = "127.0.0.1:8080";
-/// Where state, images and logs are by default.
-const DATA_DEFAULT: &str = "/var/lib/funtainer";
 
 /// Runs container images as functions: give an image, get a URL.
 #[derive(Debug, Parser)]
@@ -21,7 +19,7 @@ const DATA_DEFAULT: &str = "/var/lib/funtainer";
 #[command(about = "Runs container images as functions: give an image, get a URL")]
 #[command(after_help = "\
 Examples:
-  sudo funtainer serve                                     start the server
+  funtainer serve                                          start the server, as root or as yourself
   funtainer deploy hello --image registry.example/hello    make a function of an image, get its URL
   curl http://127.0.0.1:8080/function/hello                call it; the first call starts it
   funtainer logs hello                                     see what it wrote
@@ -30,9 +28,16 @@ Examples:
 
 Exit codes: 0 done, 1 failed, 2 wrong usage; `run` ends with the image's own code.")]
 pub(crate) struct Cli {
-    /// Server to talk to: its admin socket, as unix://PATH
-    #[arg(long, global = true, env = "FUNTAINER_HOST", hide_env_values = true, value_name = "unix://PATH", default_value_t = Host::default(), help_heading = "Global options")]
-    pub(crate) host: Host,
+    /// Server to talk to: its admin socket [default: your own server's, else root's]
+    #[arg(
+        long,
+        global = true,
+        env = "FUNTAINER_HOST",
+        hide_env_values = true,
+        value_name = "unix://PATH",
+        help_heading = "Global options"
+    )]
+    pub(crate) host: Option<Host>,
 
     /// Form of results and errors
     #[arg(long, global = true, value_enum, value_name = "FORM", default_value_t = Output::Text, help_heading = "Global options")]
@@ -78,7 +83,10 @@ pub(crate) enum Command {
 /// Start the server
 ///
 /// Calls come in over HTTP on --listen, at /function/NAME. Everything else, such as deploys, goes through the admin socket, which only
-/// root and the group funtainer can open. Needs root and Linux 6.14 or later; a missing feature is named.
+/// root and the group funtainer can open. Needs Linux 6.14 or later; a missing feature is named.
+///
+/// It runs as root, or as an ordinary user: then the admin socket is that user's alone, and every container is confined to that user's
+/// subordinate ids (subuid(5)). What is less than under root is said at the start.
 ///
 /// When it is ready, standard output says `listening on http://ADDR`. Logs go to standard error. SIGTERM and Ctrl-C let calls in flight
 /// finish for at most 10 s, and leave nothing behind.
@@ -86,6 +94,7 @@ pub(crate) enum Command {
 #[command(after_help = "\
 Examples:
   sudo funtainer serve
+  funtainer serve                                  as an ordinary user
   sudo funtainer serve --listen 0.0.0.0:80
   sudo funtainer serve --listen 127.0.0.1:0 --admin /tmp/f.sock --data /tmp/f    a second server beside the first
 
@@ -94,12 +103,12 @@ pub(crate) struct Serve {
     /// Address for calls; port 0 picks a free one
     #[arg(long, value_parser = address, value_name = "ADDR", default_value = LISTEN_DEFAULT)]
     pub(crate) listen: SocketAddr,
-    /// Path of the admin socket; a stale one is replaced
-    #[arg(long, value_name = "SOCKET", default_value = ADMIN_DEFAULT)]
-    pub(crate) admin: PathBuf,
-    /// Directory of state, images and logs; made if missing
-    #[arg(long, value_name = "DIR", default_value = DATA_DEFAULT)]
-    pub(crate) data: PathBuf,
+    /// Path of the admin socket; a stale one is replaced [default: /run/funtainer/admin.sock; a user's: $XDG_RUNTIME_DIR/funtainer.sock]
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) admin: Option<PathBuf>,
+    /// Directory of state, images and logs; made if missing [default: /var/lib/funtainer; a user's: ~/.local/share/funtainer]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
 }
 
 /// Make a function of an image, or replace it
@@ -396,20 +405,18 @@ pub(crate) struct Host(PathBuf);
 /// A text that says no such place.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "'{0}' is no place of a server: write unix:// and the absolute path of its admin socket, such as unix://{ADMIN_DEFAULT}"
+    "'{0}' is no place of a server: write unix:// and the absolute path of its admin socket, such as unix://{ADMIN_OF_ROOT}"
 )]
 pub(crate) struct HostError(String);
 
 impl Host {
+    pub(crate) fn at(socket: PathBuf) -> Self {
+        Self(socket)
+    }
+
     /// Path of the socket.
     pub(crate) fn socket(&self) -> &std::path::Path {
         &self.0
-    }
-}
-
-impl Default for Host {
-    fn default() -> Self {
-        Self(ADMIN_DEFAULT.into())
     }
 }
 

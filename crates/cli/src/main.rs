@@ -6,6 +6,7 @@ mod client;
 mod commands;
 mod daemon;
 mod failure;
+mod places;
 mod progress;
 mod serve;
 mod streams;
@@ -25,7 +26,7 @@ fn main() -> ExitCode {
         Command::Serve(serve) => serve::serve(serve),
         Command::Daemon(daemon) => daemon::daemon(&daemon),
         Command::Unpack(unpack) => return unpack::unpack(&unpack),
-        command => ask(&host, output, command),
+        command => ask(&host.unwrap_or_else(places::server), output, command),
     };
     match result {
         Ok(code) => code,

@@ -7,13 +7,14 @@ use std::process::ExitCode;
 use funtainer_sandbox::keeper::{self, KeeperSettings};
 
 use crate::args::Serve;
+use crate::places;
 
 /// Runs the server until it is asked to stop. No thread may be there yet.
 pub(crate) fn serve(serve: Serve) -> anyhow::Result<ExitCode> {
     let settings = KeeperSettings {
         listen: serve.listen,
-        admin: serve.admin,
-        data: serve.data,
+        admin: serve.admin.map_or_else(places::admin, Ok)?,
+        data: serve.data.map_or_else(places::data, Ok)?,
         daemon: vec!["funtainer".into(), "daemon".into()],
         unpack: vec!["funtainer".into(), "unpack".into()],
         announce,

@@ -7,7 +7,7 @@ use std::rc::{Rc, Weak};
 use funtainer_model::LayerId;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::process::Uid;
+use rustix::process::{Gid, Uid};
 
 use crate::mount;
 use crate::protocol::Refusal;
@@ -121,10 +121,22 @@ pub(super) fn commit(store: BorrowedFd<'_>, layer: LayerId, file: &OwnedFd, daem
             },
         )?;
     check_superblock(file)?;
-    let root = (Some(rustix::process::Uid::ROOT), Some(rustix::process::Gid::ROOT));
+    let root = (Some(Uid::ROOT), Some(Gid::ROOT));
     rustix::fs::fchown(file, root.0, root.1)
         .and_then(|()| rustix::fs::fchmod(file, Mode::from_raw_mode(COMMITTED_MODE)))
         .map_err(failed("take over a layer"))?;
+    let committed = prove_unwritten(file).and_then(|()| link(file, store, &name));
+    if committed.is_err() {
+        // What was refused is as it was; if not even that goes, the daemon can still remove it.
+        let _ = rustix::fs::fchmod(file, Mode::from_raw_mode(found.st_mode & 0o7777))
+            .and_then(|()| rustix::fs::fchown(file, Some(Uid::from_raw(found.st_uid)), Some(Gid::from_raw(found.st_gid))));
+    }
+    committed
+}
+
+/// Proves that nobody writes a file that belongs to root now.
+fn prove_unwritten(file: &OwnedFd) -> Result<(), Refusal> {
+    let malformed = |text: &str| Refusal::Malformed(text.to_owned());
     lease(file, libc::F_RDLCK).map_err(|errno| match errno {
         Errno::AGAIN => malformed("the layer still has a writer"),
         errno => refusal(StepError { step: "prove that a layer has no writer", errno }),
@@ -132,10 +144,9 @@ pub(super) fn commit(store: BorrowedFd<'_>, layer: LayerId, file: &OwnedFd, daem
     // A writer that was let in before the change waits for the lease, which is then no longer whole; the new lease is refused to one that
     // was faster.
     let whole = current_lease(file).is_ok_and(|kind| kind == libc::F_RDLCK) && lease(file, libc::F_RDLCK).is_ok();
-    let committed = if whole { link(file, store, &name) } else { Err(malformed("the layer got a writer")) };
     // Fails only if there is none any more.
     let _ = lease(file, libc::F_UNLCK);
-    committed
+    if whole { Ok(()) } else { Err(malformed("the layer got a writer")) }
 }
 
 /// By the path of the descriptor: by the descriptor itself (AT_EMPTY_PATH) only root of the machine may, before Linux 6.10.
