@@ -15,5 +15,6 @@ pub mod paths;
 pub mod process;
 pub mod registry;
 pub mod server;
+pub mod user;
 pub mod wait;
 pub mod world;

@@ -20,6 +20,7 @@ use crate::http::{self, Connection, Endpoint, Response};
 use crate::image::Image;
 use crate::leak::{Scope, parse};
 use crate::process::{Finished, Running};
+use crate::user::User;
 use crate::{paths, process, wait};
 
 /// How long a server may take until it is ready.
@@ -56,22 +57,27 @@ pub type Troubles = Rc<RefCell<Vec<String>>>;
 impl Server {
     /// Starts a server; all its processes belong to `scope`. Returns when it says that it listens.
     pub fn start(places: &Places, listen: &str, scope: Option<&Scope>) -> Result<Self> {
+        let mut command = Command::new(paths::funtainer()?);
+        command.args(["serve", "--listen", listen, "--admin"]).arg(&places.admin).arg("--data").arg(&places.data);
+        Self::spawn(&command, places, scope)
+    }
+
+    /// Starts the server of an ordinary user at the places that it chooses by itself.
+    pub fn start_as(user: &User, listen: &str, scope: Option<&Scope>) -> Result<Self> {
+        let places = Places {
+            data: user.home().join(".local/share/funtainer"),
+            admin: user.runtime().join("funtainer.sock"),
+            log: user.home().join("serve.log"),
+        };
+        let mut command = user.command(user.program());
+        command.args(["serve", "--listen", listen]);
+        Self::spawn(&command, &places, scope)
+    }
+
+    fn spawn(command: &Command, places: &Places, scope: Option<&Scope>) -> Result<Self> {
         let program = paths::funtainer()?;
         let log = File::options().create(true).append(true).open(&places.log)?;
-        let mut command = match scope {
-            None => Command::new(&program),
-            Some(scope) => {
-                // The shell enters the scope and becomes the server, which has its process id then.
-                let mut command = Command::new("sh");
-                command.args(["-c", r#"echo $$ > "$0" && exec "$@""#]).arg(scope.procs()).arg(&program);
-                command
-            }
-        };
-        let mut child = command
-            .args(["serve", "--listen", listen, "--admin"])
-            .arg(&places.admin)
-            .arg("--data")
-            .arg(&places.data)
+        let mut child = in_scope(command, scope)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -292,6 +298,30 @@ impl Drop for Server {
         let _ = self.child.wait();
         self.troubles.borrow_mut().push(trouble);
     }
+}
+
+/// The same command, whose process and all of whose children belong to the scope.
+fn in_scope(command: &Command, scope: Option<&Scope>) -> Command {
+    let mut fenced = match scope {
+        None => Command::new(command.get_program()),
+        Some(scope) => {
+            // The shell enters the scope and becomes the program, which has its process id then.
+            let mut fenced = Command::new("sh");
+            fenced.args(["-c", r#"echo $$ > "$0" && exec "$@""#]).arg(scope.procs()).arg(command.get_program());
+            fenced
+        }
+    };
+    fenced.args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => fenced.env(name, value),
+            None => fenced.env_remove(name),
+        };
+    }
+    if let Some(directory) = command.get_current_dir() {
+        fenced.current_dir(directory);
+    }
+    fenced
 }
 
 /// The end of a log, for error messages.

@@ -10,6 +10,7 @@ use tempfile::TempDir;
 use crate::leak::{Scope, Snapshot, Subject};
 use crate::paths;
 use crate::server::{Places, Server, Troubles, tail};
+use crate::user::User;
 
 /// Scenarios that run at once: each has a server and some containers, and most of its time it waits.
 const SCENARIOS_MAX: usize = 4;
@@ -79,13 +80,21 @@ impl World {
 
     /// Starts a server at places that may have been used before.
     pub fn serve_at(&self, places: &Places, listen: &str) -> Result<Server> {
-        let server = Server::start(places, listen, Some(&self.scope))?;
+        Ok(self.watched(Server::start(places, listen, Some(&self.scope))?))
+    }
+
+    /// Starts the server of an ordinary user on a free port.
+    pub fn serve_as(&self, user: &User) -> Result<Server> {
+        Ok(self.watched(Server::start_as(user, "127.0.0.1:0", Some(&self.scope))?))
+    }
+
+    fn watched(&self, server: Server) -> Server {
         self.servers.borrow_mut().push(Served {
-            places: places.clone(),
+            places: server.places().clone(),
             port: server.address().port(),
             troubles: server.troubles(),
         });
-        Ok(server)
+        server
     }
 
     /// Whose leaks are looked for: those of every server that was started here.
