@@ -283,8 +283,8 @@ impl Steps<'_> {
                     let program = self.plan.plan.argv.first().cloned().unwrap_or_default();
                     return Err(StartError::Init { program, step, error: io::Error::from_raw_os_error(errno) });
                 }
-                // No plan has listeners of the platform yet.
-                Some((InitMessage::Listeners, _)) | None => return Err(StartError::Protocol),
+                // No plan has listeners of the platform or terminals yet.
+                Some((InitMessage::Listeners | InitMessage::Terminal, _)) | None => return Err(StartError::Protocol),
             }
         }
     }

@@ -83,7 +83,7 @@ pub(crate) enum Command {
 /// Start the server
 ///
 /// Calls come in over HTTP on --listen, at /function/NAME. Everything else, such as deploys, goes through the admin socket, which only
-/// root and the group funtainer can open. Needs Linux 6.14 or later; a missing feature is named.
+/// root and the group funtainer can open. Needs Linux 6.1 or later; a missing feature is named.
 ///
 /// It runs as root, or as an ordinary user: then the admin socket is that user's alone, and every container is confined to that user's
 /// subordinate ids (subuid(5)). What is less than under root is said at the start.

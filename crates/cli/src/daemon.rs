@@ -1,7 +1,7 @@
 //! `daemon`: the unprivileged side of the server, started by the keeper in a root of its own with the data directory at `/data`.
 //!
 //! ```text
-//! descriptors ─ log ─ TLS provider ─ backend (Hello) ─ engine (state, adoption) ─ gateway ─ Ready ─┬─► Stop: drain, exit 0
+//! descriptors ─ filter ─ log ─ TLS provider ─ backend (Hello) ─ engine (state, adoption) ─ gateway ─ Ready ─┬─► Stop: drain, exit 0
 //!                                                                                                 └─► keeper gone: exit 1
 //! ```
 
@@ -15,7 +15,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use funtainer_backend_local::{LocalBackend, Stop};
 use funtainer_engine::{Engine, Settings};
-use funtainer_sandbox::daemon::{Inherited, take_inherited_fds};
+use funtainer_sandbox::daemon::{Inherited, confine, take_inherited_fds};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -29,8 +29,9 @@ const LOG_DEFAULT: &str = "info";
 /// Serves until the keeper says otherwise.
 pub(crate) fn daemon(daemon: &Daemon) -> anyhow::Result<ExitCode> {
     let inherited = take_inherited_fds(daemon.listeners)?;
-    // Executed as /proc/self/exe, it would be `exe` in process lists that show no arguments. The name is for people alone.
+    // Executed by a descriptor, it would be a number in process lists that show no arguments. The name is for people alone.
     let _ = rustix::thread::set_name(c"funtainer");
+    confine().context("the filter on system calls cannot be installed")?;
     start_log();
     rustls::crypto::ring::default_provider()
         .install_default()

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use funtainer_sandbox::keeper::{self, KeeperSettings};
+use funtainer_sandbox::mount::Features;
 
 use crate::args::Serve;
 use crate::places;
@@ -17,6 +18,7 @@ pub(crate) fn serve(serve: Serve) -> anyhow::Result<ExitCode> {
         data: serve.data.map_or_else(places::data, Ok)?,
         daemon: vec!["funtainer".into(), "daemon".into()],
         unpack: vec!["funtainer".into(), "unpack".into()],
+        mounts: Features::NEWEST,
         announce,
         log,
     };

@@ -71,6 +71,11 @@ uuid_id!(
     "revision"
 );
 uuid_id!(
+    /// One command that was started in a running instance.
+    ExecId,
+    "exec"
+);
+uuid_id!(
     /// One request to a function; sent back as `X-Call-Id`.
     CallId,
     "call"

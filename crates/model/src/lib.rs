@@ -16,7 +16,7 @@ mod spec;
 
 pub use digest::{Digest, DigestError};
 pub use error::{ErrorCode, Failure, Fault};
-pub use id::{CallId, IdError, InstanceId, RevisionId};
+pub use id::{CallId, ExecId, IdError, InstanceId, RevisionId};
 pub use image_config::{ImageConfig, LayerId, SignalError, StopSignal};
 pub use image_ref::{ImageRef, ImageRefError, Tag};
 pub use isolation::{Cpus, EgressRule, Isolation, IsolationError, Limits, Network, Protocol, TmpfsMount};

@@ -1,7 +1,8 @@
 //! A keeper with a daemon that does nothing by itself: it hands its socket to the keeper to whoever connects to the admin socket. For the
 //! tests of this crate and its benchmark, which play the daemon.
 //!
-//! `keeper_host serve ADMIN DATA` is the keeper; `keeper_host daemon --listeners N` is what it executes.
+//! `keeper_host serve ADMIN DATA` is the keeper; `keeper_host daemon --listeners N` is what it executes. With `KEEPER_HOST_OLDEST` set it mounts
+//! in the ways of the oldest kernels.
 
 use std::error::Error;
 use std::io::{Read as _, Write as _};
@@ -9,9 +10,10 @@ use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 
-use funtainer_sandbox::daemon::take_inherited_fds;
+use funtainer_sandbox::daemon::{confine, take_inherited_fds};
 use funtainer_sandbox::fds;
 use funtainer_sandbox::keeper::{KeeperSettings, run};
+use funtainer_sandbox::mount::Features;
 use rustix::net::SendFlags;
 
 fn main() -> ExitCode {
@@ -29,12 +31,14 @@ fn main() -> ExitCode {
 }
 
 fn serve(admin: &str, data: &str) -> Result<ExitCode, Box<dyn Error>> {
+    let mounts = if std::env::var_os("KEEPER_HOST_OLDEST").is_some() { Features::OLDEST } else { Features::NEWEST };
     let ended = run(KeeperSettings {
         listen: "127.0.0.1:0".parse()?,
         admin: admin.into(),
         data: data.into(),
         daemon: vec!["keeper_host".into(), "daemon".into()],
         unpack: vec!["keeper_host".into(), "unpack".into()],
+        mounts,
         announce: |address| {
             println!("listening on http://{address}");
             // A closed pipe is the reader's affair.
@@ -48,6 +52,7 @@ fn serve(admin: &str, data: &str) -> Result<ExitCode, Box<dyn Error>> {
 /// Lends the control socket to one client after the other; a client that sends a byte ends this process with that byte as code.
 fn daemon(listeners: &str) -> Result<ExitCode, Box<dyn Error>> {
     let inherited = take_inherited_fds(listeners.parse()?)?;
+    confine()?;
     if let Some(code) = std::env::var_os("KEEPER_HOST_DIES") {
         return Ok(ExitCode::from(code.to_str().unwrap_or("1").parse::<u8>()?));
     }

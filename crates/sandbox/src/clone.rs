@@ -60,6 +60,19 @@ pub(crate) unsafe fn clone3(namespaces: i32) -> Result<Cloned, Errno> {
     }
 }
 
+/// Forks a sibling: a child of this process's parent, in the namespaces that this process's children are born in, with this process's
+/// signal at its end. Its pid as this process sees it; `None` in the sibling. See [`clone3`].
+///
+/// # Safety
+/// As for [`clone3`].
+pub(crate) unsafe fn clone_sibling() -> Result<Option<i32>, Errno> {
+    // Without a signal of its own, as CLONE_PARENT asks for.
+    let arguments = Arguments { flags: libc::CLONE_PARENT as u64, ..Arguments::default() };
+    // SAFETY: as in `clone3`.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<Arguments>()) };
+    checked(result).map(|pid| (pid > 0).then_some(pid as i32))
+}
+
 /// Room of the stack that a [`vfork`]ed child runs on: a few system calls deep.
 const VFORK_STACK_BYTES: usize = 64 << 10;
 

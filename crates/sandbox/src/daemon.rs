@@ -1,10 +1,14 @@
-//! The daemon's side of its birth: the descriptors that the keeper left at fixed numbers.
+//! The daemon's side of its birth: the descriptors that the keeper left at fixed numbers, and the filter on its system calls.
 
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 use rustix::net::sockopt;
+
+use crate::seccomp::{DAEMON, Filter};
+use crate::step::StepError;
+use crate::userns;
 
 /// Number of the socket to the keeper: seqpacket, [`crate::protocol`].
 pub const CONTROL: i32 = 3;
@@ -55,6 +59,13 @@ pub fn take_inherited_fds(listeners: usize) -> Result<Inherited, InheritError> {
     // it owns them, since it opened nothing at a fixed number and this function hands them out once.
     let take = |number| unsafe { OwnedFd::from_raw_fd(number) };
     Ok(Inherited { control: take(CONTROL), admin: take(ADMIN), tcp: (FIRST_TCP..end).map(take).collect() })
+}
+
+/// Puts the filter of [`DAEMON`] on this process, for good: it can execute nothing from here on. To be called before the first thread is
+/// started, because threads that run already would stay without it.
+pub fn confine() -> Result<(), StepError> {
+    userns::no_new_privs()?;
+    Filter::compile(&DAEMON).install()
 }
 
 /// Whether a socket stands at the number; it is close-on-exec and non-blocking afterwards.

@@ -22,16 +22,18 @@ use rustix::thread::{CapabilitySet, UnshareFlags};
 use crate::clone::{VforkStack, vfork};
 use crate::mount::{self, INERT, Tmpfs};
 use crate::program::{Program, c_string};
-use crate::protocol::{DESCRIPTORS_MAX, InitMessage, InitStep, LISTENERS_MAX, RevisionSpec, SocketCounts};
+use crate::protocol::{DESCRIPTORS_MAX, InitMessage, InitStep, LISTENERS_MAX, RevisionSpec, SocketCounts, Streams, WindowSize};
 use crate::seccomp::Filter;
 use crate::signals::{self, FORWARD, SignalSet};
 use crate::step::StepError;
 use crate::title::Title;
 use crate::userns::{self, IdRange};
-use crate::{cgroup, fds, netns};
+use crate::{cgroup, fds, netns, terminal};
 
 /// What a place in the shared page holds until the init has written its main process's wait status: no wait status looks like it.
 pub(crate) const NO_STATUS: i32 = i32::MIN;
+/// What it holds from the moment on when the program runs and the init has given up its powers: commands may come in.
+pub(crate) const RUNNING: i32 = i32::MIN + 1;
 /// Where the zygote's root has an empty directory for the instance's root.
 pub(crate) const ROOT_PLACE: &CStr = c"/root";
 /// Room of `/dev/shm`, as Docker's default. Its pages count towards the memory limit.
@@ -39,7 +41,7 @@ const SHM_BYTES: u64 = 64 << 20;
 /// Connections that may wait on one of the platform's listeners inside.
 const LISTEN_BACKLOG: i32 = 128;
 /// Exit code of an init that could not execute its program: nobody reads it, the daemon was told the step.
-const EXIT_NOT_EXECUTED: i32 = 127;
+pub(crate) const EXIT_NOT_EXECUTED: i32 = 127;
 
 /// What all instances of a revision have in common, made by the zygote.
 pub(crate) struct Prepared {
@@ -53,14 +55,34 @@ pub(crate) struct Prepared {
     files: Vec<PreparedFile>,
     listeners: Vec<u16>,
     sockets: SocketCounts,
-    uid: Uid,
-    gid: Gid,
-    groups: Vec<Gid>,
-    /// Capabilities of the image's process: by the user that the image names, also where another one stands in for it.
-    kept: CapabilitySet,
+    person: Person,
     ids: IdRange,
+    /// Instead of the streams that come with a start.
+    terminal: Option<WindowSize>,
     read_only_root: bool,
     stop_signal: i32,
+}
+
+/// Who a program runs as.
+pub(crate) struct Person {
+    pub(crate) uid: Uid,
+    pub(crate) gid: Gid,
+    pub(crate) groups: Vec<Gid>,
+    /// Capabilities: by the user that is asked for, also where root stands in for it because there is no other id.
+    pub(crate) kept: CapabilitySet,
+}
+
+impl Person {
+    /// Who these ids are in a user namespace with `ids`.
+    pub(crate) fn new(ids: IdRange, uid: u32, gid: u32, groups: &[u32]) -> Self {
+        let groups = if ids.is_single() { &[] } else { groups };
+        Self {
+            uid: Uid::from_raw(ids.inside(uid)),
+            gid: Gid::from_raw(ids.inside(gid)),
+            groups: groups.iter().map(|group| Gid::from_raw(*group)).collect(),
+            kept: if uid == 0 { userns::KEPT } else { CapabilitySet::empty() },
+        }
+    }
 }
 
 /// A directory, by the path of its parent and its name there; both relative to the root.
@@ -85,7 +107,7 @@ impl Prepared {
             PreparedFile { parents: places, place, mode: Mode::from_raw_mode(file.mode), content: file.content.clone() }
         });
         Self {
-            program: Program::new(spec),
+            program: Program::new(&spec.argv, &spec.env),
             filter,
             stack: VforkStack::new(),
             title,
@@ -95,14 +117,26 @@ impl Prepared {
             files: files.collect(),
             listeners: spec.listeners.clone(),
             sockets: spec.sockets,
-            uid: Uid::from_raw(ids.inside(spec.uid)),
-            gid: Gid::from_raw(ids.inside(spec.gid)),
-            groups: if ids.is_single() { Vec::new() } else { spec.groups.iter().map(|group| Gid::from_raw(*group)).collect() },
-            kept: if spec.uid == 0 { userns::KEPT } else { CapabilitySet::empty() },
+            person: Person::new(ids, spec.uid, spec.gid, &spec.groups),
             ids,
+            terminal: match spec.streams {
+                Streams::Terminal(size) => Some(size),
+                Streams::Log | Streams::Call => None,
+            },
             read_only_root: spec.isolation.read_only,
             stop_signal: spec.stop_signal.number().into(),
         }
+    }
+
+    /// The ids of the user namespace.
+    pub(crate) fn ids(&self) -> IdRange {
+        self.ids
+    }
+
+    /// Shows this text as the command line of this process.
+    pub(crate) fn set_title(&self, title: &[u8]) {
+        // SAFETY: a process of ours before its exec, with one thread, which reads neither arguments nor environment.
+        unsafe { self.title.set(title) };
     }
 }
 
@@ -124,12 +158,8 @@ pub(crate) struct Start<'a> {
     pub(crate) root: OwnedFd,
     /// Where [`InitMessage`]s go.
     pub(crate) daemon: OwnedFd,
-    /// Standard input; `/dev/null` without.
-    pub(crate) stdin: Option<OwnedFd>,
-    /// Standard output.
-    pub(crate) stdout: OwnedFd,
-    /// Standard error.
-    pub(crate) stderr: OwnedFd,
+    /// Standard input, output and error. What is not given is the terminal, where the instance has one, else `/dev/null`.
+    pub(crate) streams: [Option<OwnedFd>; 3],
     /// Doors of the cgroups.
     pub(crate) doors: Doors,
     /// Where the main process's wait status goes.
@@ -142,31 +172,30 @@ pub(crate) struct Start<'a> {
 pub(crate) type Doors = fds::Fds;
 
 /// A step that did not work.
-struct Failed {
-    step: InitStep,
-    errno: Errno,
+pub(crate) struct Failed {
+    pub(crate) step: InitStep,
+    pub(crate) errno: Errno,
 }
 
 /// Names the step of a refusal.
-fn during(step: InitStep) -> impl Fn(StepError) -> Failed {
+pub(crate) fn during(step: InitStep) -> impl Fn(StepError) -> Failed {
     move |error| Failed { step, errno: error.errno }
 }
 
 /// As [`during`], for bare errnos.
-fn at(step: InitStep) -> impl Fn(Errno) -> Failed {
+pub(crate) fn at(step: InitStep) -> impl Fn(Errno) -> Failed {
     move |errno| Failed { step, errno }
 }
 
 /// The whole life of an init.
 pub(crate) fn run(prepared: &Prepared, start: Start<'_>) -> ! {
-    // SAFETY: this process has one thread, which reads neither arguments nor environment.
-    unsafe { prepared.title.set(b"funtainer init") };
+    prepared.set_title(b"funtainer init");
     // The name is for people; nothing depends on it.
     let _ = crate::title::set_name(c"funtainer-init");
     let status = start.status;
-    let Start { root, daemon, stdin, stdout, stderr, doors, network, .. } = start;
+    let Start { root, daemon, streams, doors, network, .. } = start;
     let main = set_up(prepared, root, daemon.as_fd(), doors, network)
-        .and_then(|devnull| execute(prepared, stdin.as_ref().unwrap_or(&devnull).as_fd(), stdout.as_fd(), stderr.as_fd()));
+        .and_then(|own| execute(prepared, streams.each_ref().map(|given| given.as_ref().unwrap_or(&own).as_fd())));
     let message = match &main {
         Ok(_) => InitMessage::Executed,
         Err(failed) => InitMessage::ExecFailed { step: failed.step, errno: failed.errno.raw_os_error() },
@@ -179,17 +208,18 @@ pub(crate) fn run(prepared: &Prepared, start: Start<'_>) -> ! {
     if fds::close_from(0).is_err() || userns::set_capabilities(CapabilitySet::KILL).is_err() {
         exit(EXIT_NOT_EXECUTED);
     }
+    status.store(RUNNING, Ordering::Release);
     let wait_status = watch(main, prepared.stop_signal);
     status.store(wait_status, Ordering::Release);
     exit(0)
 }
 
-fn exit(code: i32) -> ! {
+pub(crate) fn exit(code: i32) -> ! {
     // SAFETY: ends this process without running anything of its parent's that the copy of its memory holds.
     unsafe { libc::_exit(code) }
 }
 
-/// All before the program; returns the container's `/dev/null`.
+/// All before the program; returns what its streams are that were not given: the slave end of its terminal, or `/dev/null` inside.
 fn set_up(
     prepared: &Prepared,
     root: OwnedFd,
@@ -203,20 +233,40 @@ fn set_up(
     rustix::system::sethostname(&prepared.hostname).map_err(&system)?;
     send_sockets(daemon, counts(prepared.sockets, network))?;
     send_listeners(daemon, &prepared.listeners)?;
-    let devnull =
-        rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(at(InitStep::Mounts))?;
-    enter_working_dir(prepared).map_err(at(InitStep::WorkingDirectory))?;
+    let own = match prepared.terminal {
+        None => rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(at(InitStep::Mounts))?,
+        Some(size) => send_terminal(daemon, size, prepared.person.uid)?,
+    };
+    enter_directory(&prepared.working_dir).map_err(at(InitStep::WorkingDirectory))?;
     if prepared.read_only_root {
         mount::remount_read_only(c"/").map_err(during(InitStep::Mounts))?;
     }
+    confine(prepared)?;
+    Ok(own)
+}
+
+/// Makes a terminal inside and sends its master end; the slave end.
+pub(crate) fn send_terminal(daemon: BorrowedFd<'_>, size: WindowSize, owner: Uid) -> Result<OwnedFd, Failed> {
+    let made = terminal::open(size, owner).map_err(at(InitStep::Terminal))?;
+    let message = InitMessage::Terminal.to_bytes();
+    fds::send(daemon, &message, &[made.master.as_fd()], SendFlags::empty()).map_err(at(InitStep::Terminal))?;
+    Ok(made.slave)
+}
+
+/// What no program of an instance can undo, whether it is its first or a later one: no core files, a filter, powers that are gone.
+pub(crate) fn confine(prepared: &Prepared) -> Result<(), Failed> {
     let privileges = at(InitStep::Privileges);
     // Not 0, which a piped core_pattern ignores (core(5)); no core fits into one byte.
     rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(1), maximum: Some(1) }).map_err(&privileges)?;
-    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable).map_err(&privileges)?;
+    not_dumpable()?;
     userns::drop_bounding(userns::KEPT).map_err(during(InitStep::Privileges))?;
     userns::no_new_privs().map_err(during(InitStep::Privileges))?;
-    prepared.filter.install().map_err(during(InitStep::Seccomp))?;
-    Ok(devnull)
+    prepared.filter.install().map_err(during(InitStep::Seccomp))
+}
+
+/// No process without power over the host's user namespace may trace this one from now on, or follow its links in `/proc`.
+pub(crate) fn not_dumpable() -> Result<(), Failed> {
+    userns::not_dumpable().map_err(during(InitStep::Privileges))
 }
 
 fn enter_cgroup(doors: Doors) -> Result<(), Failed> {
@@ -298,9 +348,9 @@ fn open_inside(root: BorrowedFd<'_>, path: &CStr) -> Result<OwnedFd, Errno> {
 }
 
 /// By a descriptor that no link of `/proc` was followed for: none leads out through one that is open here.
-fn enter_working_dir(prepared: &Prepared) -> Result<(), Errno> {
+pub(crate) fn enter_directory(path: &CStr) -> Result<(), Errno> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = rustix::fs::openat2(CWD, &prepared.working_dir, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS)?;
+    let directory = rustix::fs::openat2(CWD, path, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS)?;
     rustix::process::fchdir(directory)
 }
 
@@ -366,8 +416,8 @@ struct Child<'a> {
 }
 
 /// Starts the image's process; its pid.
-fn execute(prepared: &Prepared, stdin: BorrowedFd<'_>, stdout: BorrowedFd<'_>, stderr: BorrowedFd<'_>) -> Result<i32, Failed> {
-    let child = Child { prepared, stdio: [stdin, stdout, stderr], step: AtomicI32::new(0), errno: AtomicI32::new(0) };
+fn execute(prepared: &Prepared, stdio: [BorrowedFd<'_>; 3]) -> Result<i32, Failed> {
+    let child = Child { prepared, stdio, step: AtomicI32::new(0), errno: AtomicI32::new(0) };
     // SAFETY: `become_program` makes system calls only, on what was prepared, and ends in exec or `_exit`; it writes the two atomics,
     // which this process reads after the child is out of its memory.
     let pid = unsafe { vfork(&prepared.stack, become_program, &child) }.map_err(at(InitStep::Exec))?;
@@ -401,10 +451,23 @@ fn change(child: &Child<'_>) -> Result<(), Failed> {
         fds::place(fd, number).map_err(&privileges)?;
     }
     fds::close_from(3).map_err(&privileges)?;
+    if prepared.terminal.is_some() {
+        // SAFETY: placed above, owned by nobody, and open until the exec.
+        let terminal = unsafe { BorrowedFd::borrow_raw(0) };
+        rustix::process::ioctl_tiocsctty(terminal).map_err(at(InitStep::Terminal))?;
+    }
+    become_person(&prepared.person)
+}
+
+/// The last step before exec: the ids, with the capabilities that they have, and no signal blocked.
+pub(crate) fn become_person(person: &Person) -> Result<(), Failed> {
     rustix::process::umask(Mode::from_raw_mode(0o022));
-    userns::become_user(prepared.uid, prepared.gid, &prepared.groups).map_err(during(InitStep::Privileges))?;
-    userns::set_capabilities(prepared.kept).map_err(during(InitStep::Privileges))?;
-    signals::set_mask(&SignalSet::empty()).map_err(&privileges)
+    userns::become_user(person.uid, person.gid, &person.groups).map_err(during(InitStep::Privileges))?;
+    userns::set_capabilities(person.kept).map_err(during(InitStep::Privileges))?;
+    // Again: a change of ids sets what the sysctl fs.suid_dumpable says. It is the init's memory too, and other processes of the image may
+    // look at this one already.
+    not_dumpable()?;
+    signals::set_mask(&SignalSet::empty()).map_err(at(InitStep::Privileges))
 }
 
 /// Until the main process ends: its wait status. Reaps whatever was orphaned; forwards what the keeper asks for.

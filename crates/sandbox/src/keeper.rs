@@ -13,6 +13,7 @@
 //! Deadlines are looked at whenever the loop turns; `deadline` says when it must at the latest.
 
 mod data;
+mod exec;
 mod instances;
 mod jail;
 mod layers;
@@ -40,7 +41,8 @@ use rustix::process::Resource;
 
 use crate::cgroup::{CgroupError, Hierarchy, Layout};
 use crate::clone::{Cloned, clone3};
-use crate::mount::{self, Missing};
+use crate::executable::Executable;
+use crate::mount::{self, Features, Missing, Mounts};
 use crate::protocol::{MESSAGE_BYTES_MAX, Reply, number_of};
 use crate::signals::{self, SignalSet};
 use crate::step::{StepError, at};
@@ -48,6 +50,7 @@ use crate::title::{Title, TitleError};
 use crate::{fds, protocol};
 
 use data::DataDirectory;
+use exec::Execs;
 use instances::Instances;
 use jail::Birth;
 use layers::Layers;
@@ -93,6 +96,8 @@ pub struct KeeperSettings {
     pub daemon: Vec<OsString>,
     /// Command line of an unpacker, likewise: `funtainer unpack`. What it is to do is put behind it; see `unpacker`.
     pub unpack: Vec<OsString>,
+    /// The newest ways to mount that are tried: [`Features::NEWEST`]; a test can ask for those of an older kernel.
+    pub mounts: Features,
     /// Told once, when the first daemon accepts calls.
     pub announce: fn(SocketAddr),
     /// Told what an operator should know, as one line without its end.
@@ -212,6 +217,7 @@ struct Respawn {
 
 struct Keeper {
     settings: KeeperSettings,
+    executable: Executable,
     mode: Mode,
     title: Title,
     epoll: OwnedFd,
@@ -228,20 +234,28 @@ struct Keeper {
     announced: bool,
     /// Since when the keeper is asked to stop.
     stopping: Option<Instant>,
+    mounts: Mounts,
     layers: Layers,
     /// In a keeper that may not mount layers.
     unpacked: Option<Unpacked>,
     zygotes: Zygotes,
     instances: Instances,
+    execs: Execs,
     /// Mounts whose release costs a grace period of the kernel: released when nothing waits.
     spent: Vec<mount::Writable>,
     buffer: Vec<u8>,
 }
 
-/// Runs the keeper until it is asked to stop (SIGTERM, SIGINT) or cannot go on. Must be called before any thread is started.
+/// Runs the keeper until it is asked to stop (SIGTERM, SIGINT) or cannot go on. Must be called before any thread is started, and before
+/// anything is opened: the program is executed anew once, with the same arguments, from a place that images cannot reach.
 /// Everything it made is gone afterwards.
 pub fn run(settings: KeeperSettings) -> Result<Ended, KeeperError> {
-    let mut keeper = Keeper::open(settings)?;
+    if !rustix::process::geteuid().is_root() {
+        // Before the next line: root of a user namespace may mount.
+        crate::rootless::enter(settings.log).map_err(KeeperError::Missing)?;
+    }
+    let executable = Executable::settle()?;
+    let mut keeper = Keeper::open(settings, executable)?;
     let ended = keeper.serve();
     // Both errors are kept: that of the work is returned, that of the clean-up is logged where it happens.
     keeper.close();
@@ -249,15 +263,20 @@ pub fn run(settings: KeeperSettings) -> Result<Ended, KeeperError> {
 }
 
 impl Keeper {
-    fn open(settings: KeeperSettings) -> Result<Self, KeeperError> {
+    fn open(settings: KeeperSettings, executable: Executable) -> Result<Self, KeeperError> {
         if std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count) != 1 {
             return Err(KeeperError::Threads);
         }
         // What is made below has the mode that its maker wrote, whatever the caller's shell masks.
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-        let mode = Mode::decide(settings.log)?;
+        let mode = Mode::decide()?;
         let data = DataDirectory::open(&settings.data, &mode)?;
-        let unpacked = open_unpacked(&data, &mode, settings.log)?;
+        let mounts = match &mode {
+            Mode::Root(_) => Mounts::probe(data.layers.as_fd(), settings.mounts),
+            Mode::Rootless(_) => Mounts::probe_unpacked(data.layers.as_fd(), mode.range(0), settings.mounts),
+        };
+        let mounts = mounts.map_err(KeeperError::Missing)?;
+        let unpacked = Unpacked::open(&data, &mode, settings.log)?;
         // SIGIO says that a lease is being broken, which is looked at where it matters; its default would end the process.
         let handled = SignalSet::of(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGIO]);
         signals::set_mask(&handled).map_err(at("block signals"))?;
@@ -273,6 +292,14 @@ impl Keeper {
         for missing in cgroups.missing() {
             (settings.log)(&format!("control groups here have no {missing}: instances run without it"));
         }
+        match mounts.left_from_before(data.layers.as_fd()) {
+            Ok(devices) if devices.is_empty() => {}
+            Ok(devices) => (settings.log)(&format!(
+                "loop devices {devices:?} still have layers of an earlier server, since somebody holds mounts of them: each is free when its \
+                 last user ends"
+            )),
+            Err(error) => (settings.log)(&format!("loop devices of an earlier server cannot be looked for: {error}")),
+        }
         let (Tcp { address, sockets: tcp }, admin) =
             match listen::tcp(settings.listen).and_then(|tcp| Ok((tcp, listen::admin(&settings.admin, &mode)?))) {
                 Ok(listening) => listening,
@@ -286,6 +313,7 @@ impl Keeper {
             };
         Ok(Self {
             settings,
+            executable,
             mode,
             title,
             epoll,
@@ -300,10 +328,12 @@ impl Keeper {
             respawn: Respawn { deaths: 0, at: Some(Instant::now()) },
             announced: false,
             stopping: None,
+            mounts,
             layers: Layers::default(),
             unpacked,
             zygotes: Zygotes::default(),
             instances: Instances::default(),
+            execs: Execs::default(),
             spent: Vec::new(),
             buffer: vec![0; MESSAGE_BYTES_MAX],
         })
@@ -411,6 +441,7 @@ impl Keeper {
             data: data.as_fd(),
             user: self.mode.daemon(),
             single: self.mode.is_single(),
+            executable: &self.executable,
             argv: &argv,
             control: theirs.as_fd(),
             admin: self.admin.socket.as_fd(),
@@ -465,6 +496,7 @@ impl Keeper {
         if self.stopping.is_some() {
             return Some(Ended::Stopped);
         }
+        self.kill_execs();
         self.log(&format!("the daemon (pid {}) ended: {exit:?}", daemon.pid));
         if daemon.ready {
             self.respawn = Respawn { deaths: 0, at: Some(Instant::now()) };
@@ -590,22 +622,6 @@ impl Keeper {
             (self.settings.log)(&format!("a control group remains: {error}"));
         }
     }
-}
-
-/// Where layers are unpacked, for a keeper that may not mount them; tries first what the keeper will do.
-fn open_unpacked(data: &DataDirectory, mode: &Mode, log: fn(&str)) -> Result<Option<Unpacked>, KeeperError> {
-    let missing = if mode.is_rootless() {
-        crate::rootless::probe(data.layers.as_fd(), mode.range(0))
-    } else {
-        mount::probe(data.layers.as_fd())
-    };
-    if let Some(missing) = missing.into_iter().next() {
-        return Err(KeeperError::Missing(missing));
-    }
-    if !mode.is_rootless() {
-        return Ok(None);
-    }
-    Ok(Some(Unpacked::open(data.root.as_fd(), data.layers.as_fd(), mode, log)?))
 }
 
 /// An ordinary user may have no control group to put instances in: then there are none.

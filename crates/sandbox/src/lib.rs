@@ -7,6 +7,8 @@
 pub mod cgroup;
 mod clone;
 pub mod daemon;
+mod exec;
+mod executable;
 pub mod fds;
 mod init;
 pub mod keeper;
@@ -19,6 +21,7 @@ mod rootless;
 pub mod seccomp;
 mod signals;
 pub mod step;
+mod terminal;
 #[cfg(test)]
 mod testing;
 pub mod title;

@@ -1,25 +1,36 @@
 //! Mounts, made by descriptors: nothing is found by a path that somebody else can change.
 //!
 //! Who does what, in the order of a start (sequence A):
-//! 1. keeper, once per layer: [`erofs`] mounts the file; the mount belongs to no namespace and lives as long as its descriptor.
-//! 2. keeper, once per function: [`idmapped`] clones it with the function's ids.
-//! 3. keeper, per instance: [`Writable::make`] and [`overlay`] make the root file system, which the init gets as a descriptor.
+//! 1. keeper, once per layer: [`Mounts::layer`] mounts the file; nobody else sees the mount, which lives as long as its handle.
+//! 2. keeper, once per function: [`Mounts::idmapped`] clones it with the function's ids.
+//! 3. keeper, per instance: [`Mounts::writable`] and [`Mounts::overlay`] make the root file system, which the init gets as a descriptor.
 //! 4. zygote, once: [`make_private`], [`device_tree`].
 //! 5. init: [`attach`] the root, [`target`] and [`attach`] for `/proc`, `/sys`, `/dev` and what lies in it, [`pivot`], [`mask_all`].
 //!
-//! Functions that the init calls neither allocate nor lock; they say so. [`probe()`] tells what the running kernel lacks.
+//! Functions that the init calls neither allocate nor lock; they say so.
+//!
+//! [`Mounts::probe`] finds once, at the start, which ways the running kernel has, and what it lacks; all else follows from its [`Features`]:
+//!
+//! | | newest | oldest (Debian 12's 6.1) |
+//! |---|---|---|
+//! | a layer is mounted | from its file (6.12, on a disk) | from a loop device |
+//! | mounts of layers and tmpfs | belong to no namespace | are attached in a namespace of the keeper's own (`workshop`) |
+//! | the overlay is made | of descriptors (`lowerdir+`, 6.15) | by mount(2) of short paths there, and cloned |
+//!
+//! The result is the same: an overlay that is attached nowhere, as a descriptor.
 
 mod inside;
 mod layers;
+mod loops;
 mod probe;
+mod workshop;
 
 pub use inside::{
     DEVICES, MASKED, READ_ONLY, attach, bind_file, device_tree, make_private, mask_all, move_tree, pivot, remount_read_only,
     remount_tree_read_only, set_read_only, target,
 };
-pub use layers::{Writable, erofs, idmapped, overlay, overlay_of_user};
-pub(crate) use probe::try_inside;
-pub use probe::{Missing, probe};
+pub use layers::{Mounted, Mounts, Writable};
+pub use probe::{Features, LayerSource, Missing, OverlayForm};
 
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -140,6 +151,11 @@ fn set_attributes(directory: BorrowedFd<'_>, path: &CStr, flags: libc::c_int, at
         )
     };
     checked(result).map(drop)
+}
+
+/// Sets flags of the mount behind a descriptor, besides those that it has.
+pub(crate) fn add_flags(mount: BorrowedFd<'_>, flags: MountAttrFlags) -> Result<(), Errno> {
+    set_attributes(mount, c"", libc::AT_EMPTY_PATH, &Attributes { set: flags.bits().into(), ..Attributes::default() })
 }
 
 /// A number as a C string, without an allocation.

@@ -5,8 +5,6 @@ use std::ptr;
 
 use rustix::io::Errno;
 
-use crate::protocol::RevisionSpec;
-
 /// Searched where an image's environment names no `PATH`: Docker's default.
 const DEFAULT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -18,13 +16,13 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    /// Takes the strings out of a checked specification.
-    pub(crate) fn new(spec: &RevisionSpec) -> Self {
-        let name = spec.argv.first().map_or(&b""[..], Vec::as_slice);
+    /// Takes the strings of a checked specification.
+    pub(crate) fn new(argv: &[Vec<u8>], env: &[Vec<u8>]) -> Self {
+        let name = argv.first().map_or(&b""[..], Vec::as_slice);
         let candidates = if name.contains(&b'/') {
             vec![c_string(name)]
         } else {
-            let path = spec.env.iter().rev().find_map(|variable| variable.strip_prefix(b"PATH=")).unwrap_or(DEFAULT_PATH);
+            let path = env.iter().rev().find_map(|variable| variable.strip_prefix(b"PATH=")).unwrap_or(DEFAULT_PATH);
             path.split(|byte| *byte == b':')
                 .map(|directory| {
                     // An empty entry is the working directory (execvp(3)).
@@ -33,7 +31,7 @@ impl Program {
                 })
                 .collect()
         };
-        Self { argv: Pointers::new(&spec.argv), env: Pointers::new(&spec.env), candidates }
+        Self { argv: Pointers::new(argv), env: Pointers::new(env), candidates }
     }
 
     /// Executes the first candidate that there is; returns only when none can be, with the reason. A file that may not be executed does not

@@ -13,18 +13,30 @@
 //!   │ AcknowledgeExit ─────────────►│
 //! ```
 //!
+//! A command in a running instance (`exec`):
+//!
+//! ```text
+//!   │ Exec + pair + streams ───────►│ namespaces opened ─ Exec ──►│ clone, enter, clone ─► the command
+//!   │◄──────────────────────── Done │◄─────────────── Spawned     │                   │
+//!   │◄═══════════════════════ Terminal + fd │ ExecFailed, else the pair ends (exec) ══│
+//!   │ SignalExec ──────────────────►│ ── signal ─────────────────►│ ── kill(2) ──────►│
+//!   │◄──────────────── ExecEnded    │◄─────────────── ExecEnded   │◄── wait status    │
+//! ```
+//!
 //! The keeper answers every request, in any order, with the request's number; events have number 0.
 //! Numbers are little endian. A datagram starts with [`MAGIC`], [`VERSION`], the kind of message and the request's number; what follows
 //! depends on the kind. Surplus bytes, missing bytes, another number of descriptors and unknown kinds are refused, never guessed at.
 
 mod check;
 mod codec;
+mod exec;
 #[cfg(test)]
 mod tests;
 
 pub use codec::{check_any, number_of};
+pub use exec::{ExecSpec, WindowSize};
 
-use funtainer_model::{InstanceId, Isolation, LayerId, Limits, RevisionId, StopSignal};
+use funtainer_model::{ExecId, InstanceId, Isolation, LayerId, Limits, RevisionId, StopSignal};
 
 /// First two bytes of each datagram.
 pub const MAGIC: u16 = 0xF7A1;
@@ -142,6 +154,26 @@ pub enum Request {
     },
     /// Asks for all instances. Answer: a [`Reply::Listed`] for each, then [`Reply::Done`].
     List,
+    /// Starts a command in a running instance. Descriptors: the command's end of a seqpacket pair ([`InitMessage`]); without a terminal then
+    /// its standard input, output and error.
+    /// Answer: [`Reply::Done`] when its process is being made; what comes of it is said on the pair, whose end without
+    /// [`InitMessage::ExecFailed`] says that the program runs (or was killed before), and its end by [`Reply::ExecEnded`].
+    /// A command ends with its instance and with the daemon that asked for it.
+    Exec {
+        /// Its identity, chosen by the daemon.
+        exec: ExecId,
+        /// Where.
+        instance: InstanceId,
+        /// What.
+        spec: Box<ExecSpec>,
+    },
+    /// Sends the signal to a command; SIGKILL to its whole process group. Answer: [`Reply::Done`].
+    SignalExec {
+        /// Which.
+        exec: ExecId,
+        /// What.
+        signal: StopSignal,
+    },
     /// The daemon has taken note of an exit. Answer: [`Reply::Done`].
     AcknowledgeExit {
         /// Which.
@@ -167,7 +199,7 @@ pub enum Reply {
     /// The request was not carried out; nothing of it is left.
     Refused(Refusal),
     /// The instance is being set up; what comes of it is said on the init pair, its end by [`Reply::Exited`].
-    /// Descriptors: read end of standard error; with [`Streams::Log`] then of standard output.
+    /// Descriptors: read end of standard error; with [`Streams::Log`] then of standard output; with [`Streams::Terminal`] none.
     Started {
         /// Pid of the init in the keeper's pid namespace; 0 if it has ended already.
         pid: u32,
@@ -191,6 +223,13 @@ pub enum Reply {
         instance: InstanceId,
         /// How.
         exit: ExitRecord,
+    },
+    /// Event: a command of [`Request::Exec`] is reaped. Told once, to the daemon that started it.
+    ExecEnded {
+        /// Which.
+        exec: ExecId,
+        /// Its wait status, wait(2); `None` where it never ran or its zygote was lost.
+        status: Option<i32>,
     },
     /// Event: the zygote of a revision is gone.
     RevisionEnded {
@@ -248,6 +287,8 @@ pub enum Streams {
     Log,
     /// Input and output come with `Start`, error is a log pipe.
     Call,
+    /// All three are a terminal that the init makes inside and whose other end it sends ([`InitMessage::Terminal`]). There is no log.
+    Terminal(WindowSize),
 }
 
 /// A small file.
@@ -282,6 +323,9 @@ pub enum Refusal {
     /// No such instance, or it has ended.
     #[error("no such instance")]
     NoInstance,
+    /// No such command, or it has ended.
+    #[error("no such command")]
+    NoExec,
     /// The layer's file is not in the store.
     #[error("layer {0:?} is not in the store")]
     NoLayer(LayerId),
@@ -311,13 +355,15 @@ pub struct ExitRecord {
     pub cpu_us: u64,
 }
 
-/// From an init (or, for `MoreSockets`, its zygote) to the daemon. Fixed 16 bytes, built without allocation.
+/// From an init (or, for `MoreSockets`, its zygote; or a command of `Exec`) to the daemon. Fixed 16 bytes, built without allocation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum InitMessage {
     /// Descriptors: `v4` IPv4 sockets, then `v6` IPv6 sockets.
     Sockets(SocketCounts),
     /// Descriptors: the listeners of [`RevisionSpec::listeners`].
     Listeners,
+    /// Descriptor: the master end of the terminal that the program gets.
+    Terminal,
     /// The program runs.
     Executed,
     /// The program does not run; the instance ends.
@@ -349,4 +395,8 @@ pub enum InitStep {
     Seccomp,
     /// execve(2): the errno tells whether the program is missing or cannot be executed.
     Exec,
+    /// The terminal.
+    Terminal,
+    /// Entering the namespaces of an instance: it is ending.
+    Enter,
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! ids found (/etc/subuid, /etc/subgid) ─ user namespace ─┬ newuidmap, newgidmap: 0 is the user, 1 and up are its subordinate ids
 //!                                                        └ else: 0 is the user, and there is no other id
-//!   ─ entered ─ root inside ─ mount namespace of its own
+//!   ─ entered ─ root inside ─ mount namespace of its own ─ this program executed anew (`executable`) ─ ids read from the namespace's maps
 //! ```
 //! From there on the keeper does what it does as root, with what the kernel grants to root of a user namespace: zygotes and their user namespaces
 //! lie below this one, the overlay is mounted in it (with `userxattr`), the daemon gets the id 1, functions get ranges from 2 on. What the
@@ -14,29 +14,26 @@
 //! check the maps against the administrator's files.
 
 mod lacks;
-mod probe;
 mod subordinate;
 
-pub(crate) use probe::probe;
-
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::{Command, Stdio};
 
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::mount::{self, Missing};
-use crate::step::{StepError, at};
+use crate::step::{StepError, at, errno_of};
 use crate::userns::{self, IDS, IdRange};
 
 use lacks::Lacks;
-use subordinate::Subordinate;
+use subordinate::{Mapped, Subordinate};
 
 /// The daemon's id in the keeper's namespace.
 const DAEMON: u32 = 1;
 /// First id of the functions' ranges there.
 const FUNCTIONS: u32 = 2;
-/// Below this many ids, most images lack the ids that they use (65534 is `nobody`).
-const IDS_USUAL: u32 = IDS - 1;
+/// What distributions give to each user. With fewer, some images lack ids that they use.
+const IDS_USUAL: u32 = IDS;
 
 /// The ids that there are in the keeper's user namespace besides 0, which is the user.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,26 +88,33 @@ impl Ids {
 }
 
 /// Makes the user namespace, enters it, becomes its root, and takes a mount namespace of its own. `log` is told of what is worse than it could be.
+/// What there is then is told by [`own_ids`].
 ///
 /// The process must have one thread. On failure it may be in the namespace already: it must end.
-pub(crate) fn enter(log: fn(&str)) -> Result<Ids, Missing> {
-    let (ids, namespace) = match subordinate_namespace(log)? {
-        Some((ids, namespace)) => (Ids::Subordinate(ids), namespace),
-        None => (Ids::Single, single_namespace()?),
+pub(crate) fn enter(log: fn(&str)) -> Result<(), Missing> {
+    let namespace = match subordinate_namespace(log)? {
+        Some(namespace) => namespace,
+        None => single_namespace()?,
     };
-    become_root_of(namespace.as_fd()).map_err(|error| Lacks::read().missing_namespace(&error))?;
-    match &ids {
-        Ids::Subordinate(found) if found.count() <= IDS_USUAL => log(&format!(
-            "there are {} subordinate ids: what an image gives to a higher id becomes nobody's (see subuid(5))",
-            found.count()
-        )),
-        Ids::Subordinate(_) | Ids::Single => {}
-    }
-    Ok(ids)
+    become_root_of(namespace.as_fd()).map_err(|error| Lacks::read().missing_namespace(&error))
+}
+
+/// The ids of the user namespace that this process is root of; nothing in the first one, which has all. Takes a mount namespace of its own there.
+pub(crate) fn own_ids() -> Result<Option<Ids>, StepError> {
+    let read =
+        |path| std::fs::read_to_string(path).map_err(|error| StepError { step: "read an id map", errno: errno_of(&error) });
+    let (uids, gids) = (read("/proc/self/uid_map")?, read("/proc/self/gid_map")?);
+    let ids = match Subordinate::from_maps(&uids, &gids) {
+        Mapped::Everything => return Ok(None),
+        Mapped::Some(ids) => Ids::Subordinate(ids),
+        Mapped::RootAlone => Ids::Single,
+    };
+    own_mounts()?;
+    Ok(Some(ids))
 }
 
 /// With the user's subordinate ids, where it has some and the programs to use them.
-fn subordinate_namespace(log: fn(&str)) -> Result<Option<(Subordinate, std::os::fd::OwnedFd)>, Missing> {
+fn subordinate_namespace(log: fn(&str)) -> Result<Option<OwnedFd>, Missing> {
     let found = match Subordinate::find() {
         Ok(found) => found,
         Err(why) => {
@@ -127,7 +131,15 @@ fn subordinate_namespace(log: fn(&str)) -> Result<Option<(Subordinate, std::os::
         })
     });
     match (made, refused) {
-        (Ok(namespace), _) => Ok(Some((found, namespace))),
+        (Ok(namespace), _) => {
+            if found.count() < IDS_USUAL {
+                log(&format!(
+                    "there are {} subordinate ids: what an image gives to a higher id becomes nobody's (see subuid(5))",
+                    found.count()
+                ));
+            }
+            Ok(Some(namespace))
+        }
         (Err(_), Some(text)) => {
             log(&single_warning(&text));
             Ok(None)
@@ -144,7 +156,7 @@ fn single_warning(why: &str) -> String {
 }
 
 /// With the user's own id alone.
-fn single_namespace() -> Result<std::os::fd::OwnedFd, Missing> {
+fn single_namespace() -> Result<OwnedFd, Missing> {
     let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     userns::make_with(|pid| -> Result<(), StepError> {
         userns::write_proc(pid, "setgroups", b"deny").map_err(at("write setgroups"))?;
@@ -179,6 +191,10 @@ fn become_root_of(namespace: BorrowedFd<'_>) -> Result<(), StepError> {
     // The user's groups stay: they may be what opens the data directory. Zygotes and the daemon give them up.
     rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(at("setresgid"))?;
     rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(at("setresuid"))?;
+    own_mounts()
+}
+
+fn own_mounts() -> Result<(), StepError> {
     // SAFETY: CLONE_NEWNS concerns this process, which has one thread, and touches no memory or descriptor.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.map_err(at("make a mount namespace"))?;
     mount::make_private()

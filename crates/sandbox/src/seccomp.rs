@@ -1,7 +1,8 @@
 //! The filter on system calls.
 //!
-//! The profile is data ([`Profile`], [`DEFAULT`]): as strict as Docker's default profile for a container with our capabilities, stricter
-//! where that is said. It is compiled once, by the keeper, into a program that each instance installs.
+//! A profile is data. That of instances ([`DEFAULT`]) is as strict as Docker's default profile for a container with our capabilities,
+//! stricter where that is said; it is compiled once by each zygote into a program that every instance installs. The server's daemon has one
+//! of its own ([`DAEMON`]).
 //!
 //! What a call meets, in this order:
 //! ```text
@@ -14,9 +15,12 @@
 //! At installation the kernel runs the program once for every number, to find those that it always allows and need not be filtered: the
 //! time goes with the length of the path to each. So the program is a balanced tree over ranges of equal verdict, not a chain.
 
+#[macro_use]
 mod profile;
+mod daemon;
 mod program;
 
+pub use daemon::DAEMON;
 pub use profile::{Check, DEFAULT, Named, Profile, Test};
 
 use rustix::io::Errno;

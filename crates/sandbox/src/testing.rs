@@ -18,6 +18,16 @@ pub(crate) fn need_root() {
     assert!(rustix::process::geteuid().is_root(), "this test makes namespaces, mounts or control groups: run it as root");
 }
 
+/// Waits for what the kernel does a moment later.
+#[track_caller]
+pub(crate) fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while !holds() {
+        assert!(std::time::Instant::now() < deadline, "not in time: {what}");
+        std::thread::yield_now();
+    }
+}
+
 /// Host ids for the user namespaces of tests: apart from those of functions and of the probe.
 pub(crate) const TEST_BASE: u32 = 0x6FFD_0000;
 

@@ -9,17 +9,18 @@
 //! descriptor, and on the host it is nobody.
 
 use std::ffi::CString;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, LinkNameSpaceType, UnshareFlags};
 
 use crate::clone::{Cloned, clone3};
+use crate::executable::Executable;
 use crate::mount;
 use crate::seccomp::{self, Filter};
 use crate::signals::{self, SignalSet};
-use crate::step::{StepError, at, errno_of};
+use crate::step::{StepError, at};
 use crate::{fds, userns};
 
 /// The number at which the layer's file stands.
@@ -45,6 +46,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) layer: Option<BorrowedFd<'a>>,
     /// Write end of a pipe.
     pub(crate) report: BorrowedFd<'a>,
+    /// The program.
+    pub(crate) executable: &'a Executable,
     /// The whole command line.
     pub(crate) argv: &'a [CString],
 }
@@ -91,15 +94,12 @@ pub fn take_layer() -> Result<OwnedFd, Errno> {
 /// Turns this process into the program; returns only on failure.
 fn become_unpacker(plan: &Plan<'_>, parent: i32) -> StepError {
     match set_up(plan, parent) {
-        Ok(program) => exec(&program, plan.argv),
+        Ok(()) => plan.executable.execute(plan.argv),
         Err(error) => error,
     }
 }
 
-fn set_up(plan: &Plan<'_>, parent: i32) -> Result<OwnedFd, StepError> {
-    // While /proc is in sight.
-    let program = rustix::fs::open(c"/proc/self/exe", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-        .map_err(at("open the program of an unpacker"))?;
+fn set_up(plan: &Plan<'_>, parent: i32) -> Result<(), StepError> {
     rustix::thread::move_into_link_name_space(plan.namespace, Some(LinkNameSpaceType::User))
         .map_err(at("enter a user namespace"))?;
     userns::become_root()?;
@@ -129,8 +129,7 @@ fn set_up(plan: &Plan<'_>, parent: i32) -> Result<OwnedFd, StepError> {
     if rustix::process::getppid().is_none_or(|now| now.as_raw_pid() != parent) {
         return Err(StepError { step: "find the keeper alive", errno: Errno::SRCH });
     }
-    Filter::compile(&seccomp::DEFAULT).install()?;
-    Ok(program)
+    Filter::compile(&seccomp::DEFAULT).install()
 }
 
 /// `/dev/null` at 0 and 1, the report at 2, the layer at 3; all else closes with the execution.
@@ -147,24 +146,4 @@ fn place_descriptors(plan: &Plan<'_>, null: &OwnedFd) -> Result<(), StepError> {
     // The copies are close-on-exec, like all else above.
     std::mem::forget(waiting);
     fds::cloexec_from(LAYER + i32::from(plan.layer.is_some())).map_err(at(failed))
-}
-
-fn exec(program: &OwnedFd, argv: &[CString]) -> StepError {
-    let pointers: Vec<_> = argv.iter().map(|argument| argument.as_ptr()).chain([std::ptr::null()]).collect();
-    let environment = [std::ptr::null::<libc::c_char>()];
-    // SAFETY: all are NUL- or null-terminated and live; on success this memory is gone, on failure the call returns. rustix has it not.
-    unsafe {
-        libc::syscall(
-            libc::SYS_execveat,
-            program.as_raw_fd(),
-            c"".as_ptr(),
-            pointers.as_ptr(),
-            environment.as_ptr(),
-            libc::AT_EMPTY_PATH,
-        )
-    };
-    StepError {
-        step: "execute an unpacker (the server's file must be executable by everybody)",
-        errno: errno_of(&std::io::Error::last_os_error()),
-    }
 }

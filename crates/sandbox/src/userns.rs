@@ -1,14 +1,15 @@
 //! Users and their powers: user namespaces, capabilities, ids.
 
 use std::io::Write;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
+use crate::clone::{Cloned, clone3};
 use crate::fds::{Exit, pidfd_reap, pidfd_signal};
-use crate::step::{StepError, at, checked, errno_of};
+use crate::step::{StepError, at, errno_of};
 
 /// How many ids each function has: 0 to 65,535 inside, as images expect.
 pub const IDS: u32 = 0x1_0000;
@@ -163,6 +164,14 @@ pub fn no_new_privs() -> Result<(), StepError> {
     rustix::thread::set_no_new_privs(true).map_err(at("set no_new_privs"))
 }
 
+/// Closes this process to all that are not root over the user namespace which it was executed in, as `ptrace` does (prctl(2),
+/// `PR_SET_DUMPABLE`): links, memory and descriptors under its `/proc/PID`. An exec ends it.
+///
+/// One system call: may be called between clone and exec.
+pub fn not_dumpable() -> Result<(), StepError> {
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable).map_err(at("set not dumpable"))
+}
+
 /// A child in a new user namespace that does nothing; killed and reaped when dropped.
 struct Sleeper {
     pid: i32,
@@ -171,25 +180,13 @@ struct Sleeper {
 
 impl Sleeper {
     fn spawn() -> Result<Self, StepError> {
-        let mut pidfd: libc::c_int = -1;
         let parent = rustix::process::getpid().as_raw_pid();
-        // No exit signal: the death of this child is no event for the caller's SIGCHLD.
-        let arguments = CloneArguments {
-            flags: (libc::CLONE_NEWUSER | libc::CLONE_PIDFD) as u64,
-            pidfd: std::ptr::from_mut(&mut pidfd).expose_provenance() as u64,
-            ..CloneArguments::default()
-        };
-        // SAFETY: the structure is the kernel's clone_args in its first version (64 bytes, its size is passed), the pointer in it is
-        // live. Without CLONE_VM the child has its own copy of the memory; it makes raw system calls only, so that it needs no lock
-        // that another thread might have held. rustix has no clone.
-        let result = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<CloneArguments>()) };
-        let pid = checked(result).map_err(at("clone a process in a new user namespace"))? as i32;
-        if pid == 0 {
-            sleep_until_killed(parent);
+        // SAFETY: the child makes raw system calls only, so that it needs no lock which another thread might have held, and does not
+        // return from the function that it enters.
+        match unsafe { clone3(libc::CLONE_NEWUSER) }.map_err(at("clone a process in a new user namespace"))? {
+            Cloned::Child => sleep_until_killed(parent),
+            Cloned::Parent { pid, pidfd } => Ok(Self { pid, pidfd }),
         }
-        // SAFETY: the kernel stored a new descriptor of ours there, since it returned a pid with CLONE_PIDFD set.
-        let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
-        Ok(Self { pid, pidfd })
     }
 }
 
@@ -214,20 +211,6 @@ fn sleep_until_killed(parent: i32) -> ! {
         }
         libc::_exit(1)
     }
-}
-
-/// `struct clone_args` of clone(2), first version.
-#[derive(Default)]
-#[repr(C)]
-struct CloneArguments {
-    flags: u64,
-    pidfd: u64,
-    child_tid: u64,
-    parent_tid: u64,
-    exit_signal: u64,
-    stack: u64,
-    stack_size: u64,
-    tls: u64,
 }
 
 #[cfg(test)]

@@ -4,7 +4,8 @@
 //! forked by the keeper ─ own descriptors only ─ waits for its id maps ─ root inside ─ minimal root ─ spare network ─ Ready
 //!   ┌► order: Spawn ─ clone3 into the spare network ─ Spawned + pidfd ─ new spare network
 //!   │  order: MoreSockets ─ into the instance's network, sockets, back ─ Sockets
-//!   └─ SIGCHLD ─ inits reaped ─ Exited
+//!   │  order: Exec ─ a helper that makes a child inside the instance (`exec`) ─ ExecSpawned
+//!   └─ SIGCHLD ─ inits and commands reaped ─ Exited, ExecEnded
 //! socket closed by the keeper, or the keeper dead: it ends, and as pid 1 takes everything below it along
 //! ```
 //! Its root holds an empty directory for an instance's root, a whole `/proc` and `/sys` (an init may mount its own only where it sees a whole
@@ -15,7 +16,7 @@ use std::panic::AssertUnwindSafe;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicI32, Ordering};
 
-use funtainer_model::InstanceId;
+use funtainer_model::{ExecId, InstanceId};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -24,21 +25,23 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use crate::clone::{Cloned, clone3};
 use crate::fds::{self, Fds};
-use crate::init::{self, NO_STATUS, Prepared, Start};
+use crate::init::{self, NO_STATUS, Prepared, RUNNING, Start};
 use crate::mount::{self, Tmpfs};
-use crate::netns;
-use crate::orders::{DATAGRAM_BYTES, Order, Report};
-use crate::protocol::{RevisionSpec, SocketCounts, Streams};
+use crate::orders::{DATAGRAM_BYTES, NAMESPACES, Order, Report};
+use crate::protocol::{ExecSpec, MESSAGE_BYTES_MAX, Request, RevisionSpec, SocketCounts, Streams};
 use crate::seccomp::{self, Filter};
 use crate::signals::{self, SignalSet};
 use crate::step::{StepError, at, checked};
 use crate::title::Title;
 use crate::userns::{self, IdRange};
+use crate::{exec, netns};
 
 /// Most instances of one zygote: the places in its shared page.
 pub(crate) const INSTANCES_MAX: usize = 1024;
+/// Most commands in the instances of one zygote.
+pub(crate) const EXECS_MAX: usize = 256;
 /// The namespaces that a zygote is born in.
-const NAMESPACES: i32 = libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_NEWNS;
+const OWN_NAMESPACES: i32 = libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLONE_NEWNS;
 /// The namespaces that an init is born in, besides the network.
 const INIT_NAMESPACES: i32 = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC;
 /// The number at which a zygote's socket stands.
@@ -71,7 +74,7 @@ pub(crate) struct Forked {
 /// No other thread may run in this process.
 pub(crate) unsafe fn fork(plan: &Plan<'_>) -> Result<Forked, Errno> {
     // SAFETY: the caller promises one thread; the child ends in `live`, which does not return.
-    match unsafe { clone3(NAMESPACES) }? {
+    match unsafe { clone3(OWN_NAMESPACES) }? {
         Cloned::Parent { pid, pidfd } => Ok(Forked { pid, pidfd }),
         Cloned::Child => {
             // A panic must not unwind into the keeper's frames.
@@ -147,6 +150,22 @@ struct Instance {
     network: Network,
 }
 
+/// A command in an instance.
+struct Exec {
+    id: ExecId,
+    /// Place in the shared page, where the helper leaves the pid.
+    place: usize,
+    state: ExecState,
+}
+
+/// How far a command is.
+enum ExecState {
+    /// Its helper is at work. With a signal that ends it as soon as there is something to end.
+    Helped { helper: i32, doomed: bool },
+    /// Its process is there, a child of this one.
+    Born { pid: i32 },
+}
+
 struct Zygote<'a> {
     socket: BorrowedFd<'a>,
     signals: OwnedFd,
@@ -155,6 +174,11 @@ struct Zygote<'a> {
     sockets: SocketCounts,
     statuses: Statuses,
     instances: Vec<Instance>,
+    /// Where helpers leave the pids of commands.
+    pids: Statuses,
+    execs: Vec<Exec>,
+    /// Ends of children whose helper has not told their pid yet: pid and wait status.
+    unclaimed: Vec<(i32, i32)>,
     /// The network that the next instance gets, which this process is in; an error is tried again at the next start.
     spare: Option<Network>,
 }
@@ -162,6 +186,8 @@ struct Zygote<'a> {
 impl<'a> Zygote<'a> {
     fn set_up(plan: &Plan<'_>, socket: BorrowedFd<'a>) -> Result<Self, StepError> {
         userns::become_root()?;
+        // With all that are forked from here: nobody below opens their `/proc/PID/exe`, memory or descriptors.
+        userns::not_dumpable()?;
         signals::reset_actions();
         let children = SignalSet::of(&[libc::SIGCHLD]);
         signals::set_mask(&SignalSet::all()).map_err(at("block signals"))?;
@@ -172,7 +198,8 @@ impl<'a> Zygote<'a> {
         let limit = rustix::fs::open("/proc/sys/user/max_user_namespaces", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
         limit.and_then(|file| rustix::io::write(file, b"0")).map_err(at("forbid nested user namespaces"))?;
         let prepared = Prepared::new(plan.spec, plan.ids, Filter::compile(&seccomp::DEFAULT), plan.title);
-        let statuses = Statuses::new().map_err(at("map the shared page"))?;
+        let statuses = Statuses::new(INSTANCES_MAX).map_err(at("map the shared page"))?;
+        let pids = Statuses::new(EXECS_MAX).map_err(at("map the shared page"))?;
         // SAFETY: one thread, which reads neither arguments nor environment.
         unsafe { plan.title.set(format!("funtainer zygote {}", plan.name).as_bytes()) };
         crate::title::set_name(c"funtainer-zygot").map_err(at("set the name of a zygote"))?;
@@ -187,6 +214,9 @@ impl<'a> Zygote<'a> {
             sockets: plan.spec.sockets,
             statuses,
             instances: Vec::new(),
+            pids,
+            execs: Vec::new(),
+            unclaimed: Vec::new(),
             spare,
         })
     }
@@ -206,20 +236,70 @@ impl<'a> Zygote<'a> {
         }
     }
 
-    /// Reports every init that has ended.
+    /// Reports every child that has ended.
     fn reap(&mut self) -> Result<(), Errno> {
         while signals::next(self.signals.as_fd()).is_some() {}
-        while let Some((pid, own_status)) = signals::reap_any() {
-            let Some(index) = self.instances.iter().position(|instance| instance.pid == pid) else { continue };
-            let instance = self.instances.swap_remove(index);
-            // An init that was killed wrote nothing: how it ended is how all of it ended.
-            let status = match self.statuses.give_back(instance.place) {
-                NO_STATUS => own_status,
-                status => status,
-            };
-            report(self.socket, &Report::Exited { instance: instance.id, status }, &[])?;
+        while let Some((pid, status)) = signals::reap_any() {
+            match self.instances.iter().position(|instance| instance.pid == pid) {
+                Some(index) => self.instance_ended(index, status)?,
+                None => self.exec_child_ended(pid, status)?,
+            }
         }
         Ok(())
+    }
+
+    fn instance_ended(&mut self, index: usize, own_status: i32) -> Result<(), Errno> {
+        let instance = self.instances.swap_remove(index);
+        // An init that was killed wrote nothing: how it ended is how all of it ended.
+        let status = match self.statuses.give_back(instance.place) {
+            NO_STATUS | RUNNING => own_status,
+            status => status,
+        };
+        report(self.socket, &Report::Exited { instance: instance.id, status }, &[])
+    }
+
+    /// A helper, or what one has made.
+    fn exec_child_ended(&mut self, ended: i32, status: i32) -> Result<(), Errno> {
+        let is_child = |exec: &Exec| matches!(exec.state, ExecState::Born { pid } if pid == ended);
+        if let Some(index) = self.execs.iter().position(is_child) {
+            return self.exec_ended(index, Some(status));
+        }
+        let is_helper = |exec: &Exec| matches!(exec.state, ExecState::Helped { helper, .. } if helper == ended);
+        let Some(index) = self.execs.iter().position(is_helper) else {
+            // A helper that has not ended yet has made it. Without one it is nobody's.
+            if self.execs.iter().any(|exec| matches!(exec.state, ExecState::Helped { .. })) {
+                self.unclaimed.push((ended, status));
+            }
+            return Ok(());
+        };
+        let exec = &mut self.execs[index];
+        let pid = match self.pids.at(exec.place).load(Ordering::Acquire) {
+            NO_STATUS => return self.exec_ended(index, None),
+            pid => pid,
+        };
+        if let ExecState::Helped { doomed: true, .. } = exec.state {
+            // Still a child of ours: running, a zombie, or reaped above.
+            if !self.unclaimed.iter().any(|(unclaimed, _)| *unclaimed == pid) {
+                signals::kill(pid, libc::SIGKILL);
+            }
+        }
+        exec.state = ExecState::Born { pid };
+        let claimed = self.unclaimed.iter().position(|(unclaimed, _)| *unclaimed == pid);
+        let claimed = claimed.map(|at| self.unclaimed.swap_remove(at));
+        match claimed {
+            Some((_, status)) => self.exec_ended(index, Some(status)),
+            None => Ok(()),
+        }
+    }
+
+    fn exec_ended(&mut self, index: usize, status: Option<i32>) -> Result<(), Errno> {
+        let exec = self.execs.swap_remove(index);
+        self.pids.give_back(exec.place);
+        let ended = match status {
+            Some(status) => Report::ExecEnded { exec: exec.id, status },
+            None => Report::ExecLost(exec.id),
+        };
+        report(self.socket, &ended, &[])
     }
 
     /// Carries out one order; an error ends the zygote.
@@ -233,6 +313,8 @@ impl<'a> Zygote<'a> {
         match Order::decode(&buffer[..received.bytes]) {
             Some(Order::Spawn(instance)) => self.spawn(instance, received.fds),
             Some(Order::MoreSockets(instance)) => self.more_sockets(instance, received.fds),
+            Some(Order::Exec(instance)) => self.exec(instance, received.fds),
+            Some(Order::SignalExec { exec, signal }) => self.signal_exec(exec, signal),
             Some(Order::SetUp) | None => Err(Errno::PROTO),
         }
     }
@@ -258,11 +340,11 @@ impl<'a> Zygote<'a> {
         let mut taken = 0..;
         let mut next = || taken.next().and_then(|index| descriptors.take(index)).ok_or_else(missing);
         let (root, daemon) = (next()?, next()?);
-        let stdin = match self.streams {
-            Streams::Log => None,
-            Streams::Call => Some(next()?),
+        let streams = match self.streams {
+            Streams::Log => [None, Some(next()?), Some(next()?)],
+            Streams::Call => [Some(next()?), Some(next()?), Some(next()?)],
+            Streams::Terminal(_) => [None, None, None],
         };
-        let (stdout, stderr) = (next()?, next()?);
         let network = match self.spare.take() {
             Some(network) => network,
             None => new_network()?,
@@ -276,7 +358,7 @@ impl<'a> Zygote<'a> {
         // SAFETY: this process has one thread, and the child ends in `init::run`, which does not return.
         match unsafe { clone3(INIT_NAMESPACES) } {
             Ok(Cloned::Child) => {
-                let start = Start { root, daemon, stdin, stdout, stderr, doors: descriptors, status, network: prepared };
+                let start = Start { root, daemon, streams, doors: descriptors, status, network: prepared };
                 // A panic must not unwind into the zygote's frames.
                 let _ = std::panic::catch_unwind(AssertUnwindSafe(|| init::run(&self.prepared, start)));
                 exit()
@@ -291,6 +373,79 @@ impl<'a> Zygote<'a> {
                 Err(StepError { step: "clone an init", errno })
             }
         }
+    }
+
+    fn exec(&mut self, instance: InstanceId, mut descriptors: Fds) -> Result<(), Errno> {
+        // The keeper encoded what it had checked: anything else here is a fault of one of us.
+        let (exec, spec) = descriptors.take(0).and_then(|memory| read_exec(memory.as_fd(), instance)).ok_or(Errno::PROTO)?;
+        let answer = match self.try_exec(exec, instance, &spec, descriptors) {
+            Ok(()) => Report::ExecSpawned(exec),
+            Err(StepError { step, errno }) => {
+                Report::ExecNotSpawned { exec, errno: errno.raw_os_error(), step: step.to_owned() }
+            }
+        };
+        report(self.socket, &answer, &[])
+    }
+
+    fn try_exec(&mut self, id: ExecId, instance: InstanceId, spec: &ExecSpec, mut descriptors: Fds) -> Result<(), StepError> {
+        let runs = |found: &Instance| self.statuses.at(found.place).load(Ordering::Acquire) == RUNNING;
+        if !self.instances.iter().any(|found| found.id == instance && runs(found)) {
+            return Err(StepError { step: "find a running instance", errno: Errno::SRCH });
+        }
+        let missing = || StepError { step: "take the descriptors of a command", errno: Errno::BADF };
+        let mut taken = 1..;
+        let mut next = || taken.next().and_then(|index| descriptors.take(index)).ok_or_else(missing);
+        let daemon = next()?;
+        let streams = if spec.terminal.is_some() { None } else { Some([next()?, next()?, next()?]) };
+        let mut namespaces = [const { None }; NAMESPACES.len()];
+        for namespace in &mut namespaces {
+            *namespace = Some(next()?);
+        }
+        let namespaces = namespaces.map(|namespace| namespace.expect("each was filled"));
+        let command = exec::Command::new(spec, self.prepared.ids());
+        let Some(place) = self.pids.take() else {
+            return Err(StepError { step: "find a place for a command", errno: Errno::USERS });
+        };
+        let pid = self.pids.at(place);
+        // SAFETY: this process has one thread, and the child ends in `exec::help`, which does not return.
+        match unsafe { clone3(0) } {
+            Ok(Cloned::Child) => {
+                let parts = exec::Parts { daemon, streams, namespaces, doors: descriptors };
+                // A panic must not unwind into the zygote's frames.
+                let _ = std::panic::catch_unwind(AssertUnwindSafe(|| exec::help(&self.prepared, &command, parts, pid)));
+                exit()
+            }
+            Ok(Cloned::Parent { pid: helper, .. }) => {
+                self.execs.push(Exec { id, place, state: ExecState::Helped { helper, doomed: false } });
+                Ok(())
+            }
+            Err(errno) => {
+                self.pids.give_back(place);
+                Err(StepError { step: "clone a helper", errno })
+            }
+        }
+    }
+
+    fn signal_exec(&mut self, id: ExecId, signal: i32) -> Result<(), Errno> {
+        let sent = match self.execs.iter_mut().find(|exec| exec.id == id).map(|exec| &mut exec.state) {
+            // It is a child that was not reaped, so that neither number can be another's. Its group is its own once it has a session.
+            Some(ExecState::Born { pid }) if signal == libc::SIGKILL => {
+                signals::kill(-*pid, signal);
+                signals::kill(*pid, signal);
+                Ok(())
+            }
+            Some(ExecState::Born { pid }) => {
+                signals::kill(*pid, signal);
+                Ok(())
+            }
+            Some(ExecState::Helped { doomed, .. }) if signal == libc::SIGKILL => {
+                *doomed = true;
+                Ok(())
+            }
+            _ => Err(Errno::SRCH),
+        };
+        let errno = sent.err().map_or(0, Errno::raw_os_error);
+        report(self.socket, &Report::ExecSignalled { exec: id, errno }, &[])
     }
 
     fn more_sockets(&mut self, id: InstanceId, mut descriptors: Fds) -> Result<(), Errno> {
@@ -317,6 +472,23 @@ impl<'a> Zygote<'a> {
         let sent = init::send_more_sockets(daemon, init::counts(self.sockets, instance.network.prepared));
         enter(home).map_err(Abroad::Return)?;
         sent.map_err(Abroad::Sockets)
+    }
+}
+
+/// The request that a memory file holds, if it is one for a command in this instance.
+fn read_exec(memory: BorrowedFd<'_>, wanted: InstanceId) -> Option<(ExecId, Box<ExecSpec>)> {
+    let mut bytes = vec![0; MESSAGE_BYTES_MAX + 1];
+    let mut length = 0;
+    loop {
+        match rustix::io::pread(memory, &mut bytes[length..], length as u64).ok()? {
+            0 => break,
+            read => length += read,
+        }
+    }
+    // The number of descriptors was checked where the request came in.
+    match [1, 4].into_iter().find_map(|descriptors| Request::decode(&bytes[..length], descriptors).ok())?.1 {
+        Request::Exec { exec, instance, spec } if instance == wanted => Some((exec, spec)),
+        _ => None,
     }
 }
 
@@ -357,19 +529,19 @@ fn minimal_root() -> Result<(), StepError> {
     mount::pivot(root.as_fd())
 }
 
-/// The page that zygote and inits share: a wait status for each instance.
+/// Memory that zygote and children share: a number for each place, such as a wait status of an instance.
 struct Statuses {
     page: NonNull<AtomicI32>,
     taken: Vec<bool>,
 }
 
 impl Statuses {
-    fn new() -> Result<Self, Errno> {
+    fn new(places: usize) -> Result<Self, Errno> {
         // SAFETY: a new anonymous mapping at an address of the kernel's choice. Shared with the children that are forked from here.
         let page = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                INSTANCES_MAX * size_of::<AtomicI32>(),
+                places * size_of::<AtomicI32>(),
                 libc::PROT_READ | libc::PROT_WRITE,
                 libc::MAP_SHARED | libc::MAP_ANONYMOUS,
                 -1,
@@ -380,7 +552,7 @@ impl Statuses {
             checked(-1)?;
         }
         let page = NonNull::new(page.cast()).ok_or(Errno::NOMEM)?;
-        Ok(Self { page, taken: vec![false; INSTANCES_MAX] })
+        Ok(Self { page, taken: vec![false; places] })
     }
 
     /// A free place, set to [`NO_STATUS`].
@@ -392,7 +564,7 @@ impl Statuses {
     }
 
     fn at(&self, place: usize) -> &'static AtomicI32 {
-        assert!(place < INSTANCES_MAX, "places come from `take`");
+        assert!(place < self.taken.len(), "places come from `take`");
         // SAFETY: within the mapping, which is aligned, zeroed (a valid value), never unmapped, and only used as atomics.
         unsafe { self.page.add(place).as_ref() }
     }

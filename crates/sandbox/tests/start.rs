@@ -14,7 +14,7 @@ use funtainer_sandbox::protocol::{
 };
 use rustix::io::Errno;
 
-use harness::{Client, Server, Started, instance, layer, readable, ready, revision, spec, until};
+use harness::{Client, Started, instance, layer, readable, ready, revision, spec, until};
 
 /// Runs a specification to its end; its output and exit status.
 fn run(client: &mut Client, number: u128, spec: RevisionSpec) -> (String, Option<i32>) {
@@ -180,6 +180,59 @@ fn no_link_of_the_image_leads_through_a_descriptor() {
     assert_eq!(server.stop(client), Some(0));
 }
 
+/// A program whose interpreter is the link to the file of whoever executes it: at that moment, the keeper's (CVE-2019-5736).
+#[test]
+fn no_program_is_interpreted_by_the_keepers_file() {
+    let (mut server, mut client) = ready();
+    let links = ["/proc/self/exe", "/proc/thread-self/exe", "/proc/1/exe", "/proc/self/fd/3", "/proc/1/fd/3"];
+    let files = links.iter().enumerate().flat_map(|(index, link)| {
+        let file = |name: &str, content| FileSpec { path: format!("/{name}{index}").into_bytes(), mode: 0o755, content };
+        [file("script", format!("#!{link}\n").into_bytes()), file("elf", interpreted(link))]
+    });
+    let files: Vec<FileSpec> = files.collect();
+    for (number, file) in (0..).zip(&files) {
+        let name = String::from_utf8(file.path.clone()).unwrap();
+        let wanted = RevisionSpec { files: vec![file.clone()], ..spec(&[&name]) };
+        assert_eq!(client.open(revision(number), wanted), Reply::Done);
+        let started = client.start(revision(number), instance(number)).unwrap();
+        let (last, _) = started.executed();
+        let InitMessage::ExecFailed { step: InitStep::Exec, errno } = last else { panic!("{name}: {last:?}") };
+        // The keeper's file is there and closed; so is all of pid 1; descriptors are gone.
+        let expect = if name.ends_with('3') { Errno::NOENT } else { Errno::ACCESS };
+        assert_eq!(Errno::from_raw_os_error(errno), expect, "{name}");
+        client.exit_of(instance(number));
+    }
+    assert_eq!(server.stop(client), Some(0));
+}
+
+/// The smallest ELF file that has an interpreter: its header, one program header, the path.
+fn interpreted(by: &str) -> Vec<u8> {
+    let (length, machine) = (by.len() as u64 + 1, if cfg!(target_arch = "x86_64") { 62_u16 } else { 183 });
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    // ET_DYN, the machine, version; entry, program headers at 64, no section headers, flags.
+    for half in [3, machine, 1, 0] {
+        file.extend(half.to_le_bytes());
+    }
+    for word in [0_u64, 64, 0] {
+        file.extend(word.to_le_bytes());
+    }
+    file.extend(0_u32.to_le_bytes());
+    // Sizes and counts of header, program headers and section headers.
+    for half in [64_u16, 56, 1, 0, 0, 0] {
+        file.extend(half.to_le_bytes());
+    }
+    // PT_INTERP, readable; offset, two addresses, two sizes, alignment.
+    for half in [3_u32, 4] {
+        file.extend(half.to_le_bytes());
+    }
+    for word in [120_u64, 0, 0, length, length, 1] {
+        file.extend(word.to_le_bytes());
+    }
+    file.extend(by.as_bytes());
+    file.push(0);
+    file
+}
+
 #[test]
 fn the_init_gives_nothing_away() {
     let (mut server, mut client) = ready();
@@ -302,44 +355,21 @@ fn a_hundred_starts_leave_nothing() {
         assert_eq!(client.exit_of(instance(number)).status, Some(0));
     };
     once(&mut client, 0);
-    let zygote = zygote_of(&server);
-    let before = until("what is released is released", || Some(traces(&server, zygote)));
+    let zygote = harness::zygote_of(&server);
+    let before = until("what is released is released", || Some(harness::traces(&server, zygote)));
     for number in 1..=100 {
         once(&mut client, number);
     }
     let mut after = Vec::new();
     let gone = harness::within(|| {
-        after = traces(&server, zygote);
+        after = harness::traces(&server, zygote);
         after.iter().zip(&before).all(|(after, before)| after <= before)
     });
     assert!(gone, "before {before:?}, after {after:?}");
     assert_eq!(server.stop(client), Some(0));
 }
 
-/// The only child of the keeper that is called a zygote.
-fn zygote_of(server: &Server) -> i32 {
-    children(server.pid()).into_iter().find(|pid| title(*pid).starts_with("funtainer zygote")).unwrap()
-}
-
-fn children(pid: i32) -> Vec<i32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
-}
-
-fn title(pid: i32) -> String {
-    fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default()
-}
-
-/// What could leak, as numbers: descriptors of keeper and zygote, its children, mounts it sees, control groups of the keeper.
-fn traces(server: &Server, zygote: i32) -> Vec<usize> {
-    let count = |path: String| fs::read_dir(path).unwrap().count();
-    let id = fs::read_to_string(server.data.join("id")).unwrap();
-    let mut traces = vec![
-        count(format!("/proc/{}/fd", server.pid())),
-        count(format!("/proc/{zygote}/fd")),
-        children(zygote).len(),
-        fs::read_to_string(format!("/proc/{zygote}/mountinfo")).unwrap().lines().count(),
-    ];
-    traces.extend(harness::cgroups(&id).iter().map(|path| harness::directories(path)));
-    traces
+#[test]
+fn all_of_this_works_in_the_ways_of_the_oldest_kernels() {
+    harness::again_in_the_oldest_ways("all_of_this_works_in_the_ways_of_the_oldest_kernels", &[]);
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use cargo_metadata::{Message, Metadata, MetadataCommand};
+use cargo_metadata::{Artifact, Message, Metadata, MetadataCommand};
 
 /// What `cargo run` tells the program that it runs about that program's package, by the start of the name.
 ///
@@ -65,23 +65,70 @@ pub(crate) fn program(name: &str) -> Result<PathBuf> {
     executable(&["--package", "funtainer-e2e", "--bin", name], name)
 }
 
+/// Builds the product with debug assertions, in the fraction of the time.
+pub(crate) fn funtainer_for_debugging() -> Result<PathBuf> {
+    executable(&["--package", "funtainer-cli"], "funtainer")
+}
+
+/// The built tests of a package.
+pub(crate) struct Tests {
+    /// Where the package is, which is where cargo runs tests.
+    pub(crate) directory: PathBuf,
+    /// The main source file of each test program, and the program.
+    pub(crate) programs: Vec<(PathBuf, PathBuf)>,
+    /// Programs and examples of the package that tests may start.
+    pub(crate) helpers: Vec<PathBuf>,
+}
+
+/// Builds a package's tests without running them.
+pub(crate) fn tests(package: &str) -> Result<Tests> {
+    let metadata = metadata()?;
+    let found = metadata.workspace_packages().into_iter().find(|found| found.name == package);
+    let found = found.with_context(|| format!("there is no package {package}"))?;
+    let directory = found.manifest_path.parent().context("a manifest is in a directory")?.to_path_buf().into_std_path_buf();
+    let mut tests = Tests { directory, programs: Vec::new(), helpers: Vec::new() };
+    build(&["test", "--no-run"], &["--package", package], |artifact| {
+        if artifact.package_id == found.id
+            && let Some(executable) = artifact.executable
+        {
+            let executable = executable.into_std_path_buf();
+            if artifact.profile.test {
+                tests.programs.push((artifact.target.src_path.into_std_path_buf(), executable));
+            } else {
+                tests.helpers.push(executable);
+            }
+        }
+    })?;
+    tests.programs.sort();
+    Ok(tests)
+}
+
 fn executable(arguments: &[&str], name: &str) -> Result<PathBuf> {
-    let mut command = cargo();
-    command.args(["build", "--locked", "--message-format=json-render-diagnostics"]).args(arguments);
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot start cargo")?;
-    let stdout = child.stdout.take().context("cargo has no standard output")?;
     let mut path = None;
-    for message in Message::parse_stream(BufReader::new(stdout)) {
-        if let Message::CompilerArtifact(artifact) = message.context("cargo's messages cannot be read")?
-            && artifact.target.name == name
+    build(&["build"], arguments, |artifact| {
+        if artifact.target.name == name
             && let Some(executable) = artifact.executable
         {
             path = Some(executable.into_std_path_buf());
         }
+    })?;
+    path.with_context(|| format!("cargo build {} named no executable {name}", arguments.join(" ")))
+}
+
+/// Runs a command of cargo's and hands on what it made.
+fn build(command: &[&str], arguments: &[&str], mut made: impl FnMut(Artifact)) -> Result<()> {
+    let mut cargo = cargo();
+    cargo.args(command).args(["--locked", "--message-format=json-render-diagnostics"]).args(arguments);
+    let mut child = cargo.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot start cargo")?;
+    let stdout = child.stdout.take().context("cargo has no standard output")?;
+    for message in Message::parse_stream(BufReader::new(stdout)) {
+        if let Message::CompilerArtifact(artifact) = message.context("cargo's messages cannot be read")? {
+            made(artifact);
+        }
     }
     let status = child.wait()?;
-    ensure!(status.success(), "cargo build {} failed", arguments.join(" "));
-    path.with_context(|| format!("cargo build {} named no executable {name}", arguments.join(" ")))
+    ensure!(status.success(), "cargo {} {} failed", command.join(" "), arguments.join(" "));
+    Ok(())
 }
 
 #[cfg(test)]

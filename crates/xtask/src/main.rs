@@ -9,6 +9,7 @@ mod gate;
 mod machine;
 mod packages;
 mod tidy;
+mod vm;
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -20,7 +21,7 @@ use clap::{Parser, Subcommand};
 
 /// Developer commands of funtainer.
 ///
-/// `demo` shows what funtainer does, `test` is what a change must pass, `bench` measures, `tidy` checks the rules that no compiler knows.
+/// `demo` shows what funtainer does, `test` is what a change must pass, `vm` runs on another kernel, `bench` measures, `tidy` checks the rules that no compiler knows.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", after_help = AFTER_HELP)]
 struct Arguments {
@@ -33,6 +34,9 @@ const AFTER_HELP: &str = "Examples:
   cargo xtask test                 everything that a change must pass; as root, 10 to 30 minutes on two cores
   cargo xtask test --only tests --filter stdio
                                    the tests whose name contains 'stdio'
+  cargo xtask vm sandbox cgroup    the sandbox's tests whose name contains 'cgroup', on Debian 12's kernel
+  cargo xtask vm -- funtainer doctor
+                                   a command there, as root
   cargo xtask image hello          an image from examples/hello, to import or to push
   cargo xtask bench --quick        the numbers of SPECIFICATION.md, with fewer rounds";
 
@@ -40,13 +44,18 @@ const AFTER_HELP: &str = "Examples:
 enum Task {
     /// Show funtainer at work: a registry, a server, an image made here, calls cold and warm, and nothing left afterwards.
     ///
-    /// Installs docker-registry and skopeo with apt where they are missing, and starts no service. Needs root and Linux 6.14 or later.
+    /// Installs docker-registry and skopeo with apt where they are missing, and starts no service. Needs root and Linux 6.1 or later.
     /// Under five minutes with the first build, seconds without.
     Demo,
     /// Run everything that a change must pass: format, lints, tidy, documentation, tests.
     ///
-    /// Installs what the tests need with apt, and starts no service. The tests start real containers and need root and Linux 6.14 or later.
+    /// Installs what the tests need with apt, and starts no service. The tests start real containers and need root and Linux 6.1 or later.
     Test(gate::Options),
+    /// Run tests or a command on Debian 12's kernel with pure cgroup v2, in a virtual machine.
+    ///
+    /// Installs qemu and mmdebstrap with apt where they are missing. The first run makes the guest's Debian in target/vm; each further one boots
+    /// in seconds. The exit code is that of the tests or of the command.
+    Vm(vm::Options),
     /// Measure cold and warm calls against `runc run` and nginx, and memory, in one interleaved run.
     Bench {
         /// Fewer rounds: for a look, not for the papers.
@@ -73,6 +82,7 @@ fn main() -> ExitCode {
     let done: Result<ExitCode> = match Arguments::parse().task {
         Task::Demo => demo().map(|()| ExitCode::SUCCESS),
         Task::Test(options) => gate::run(&options),
+        Task::Vm(options) => vm::run(&options),
         Task::Bench { quick, json } => bench(quick, json).map(|()| ExitCode::SUCCESS),
         Task::Image { example, directory } => image(&example, directory).map(|()| ExitCode::SUCCESS),
         Task::Tidy => tidy::run().map(|()| ExitCode::SUCCESS),

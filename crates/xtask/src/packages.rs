@@ -40,6 +40,18 @@ pub(crate) const TEST: &[Tool] = &[
     tool("runc", "runc"),
     tool("nginx", "nginx-light"),
     tool("wrk", "wrk"),
+    // libseccomp's own compiler, and Docker's profile for it (a Go module).
+    tool("/usr/share/doc/python3-seccomp", "python3-seccomp"),
+    tool("go", "golang-go"),
+];
+
+/// For `vm`.
+pub(crate) const VM: &[Tool] = &[
+    tool("qemu-system-x86_64", "qemu-system-x86"),
+    tool("mmdebstrap", "mmdebstrap"),
+    tool("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring"),
+    tool("mke2fs", "e2fsprogs"),
+    tool("setpriv", "util-linux"),
 ];
 
 /// For `bench`.

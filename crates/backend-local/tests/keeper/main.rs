@@ -42,6 +42,7 @@ fn run_keeper(directory: &Path) -> Result<()> {
         admin: directory.join("admin.sock"),
         data: directory.join("data"),
         daemon: ["keeper-test", "daemon"].map(Into::into).to_vec(),
+        mounts: funtainer_sandbox::mount::Features::NEWEST,
         announce: |_| {},
         log: |line| eprintln!("keeper: {line}"),
     };

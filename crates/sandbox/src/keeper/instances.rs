@@ -7,7 +7,7 @@
 //! The end of an instance is told when nothing of it is left: its control groups are removed before.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use funtainer_model::{InstanceId, RevisionId};
@@ -18,7 +18,6 @@ use super::layers::refusal;
 use super::{Keeper, Requester};
 use crate::cgroup::{CgroupError, GroupLimits, InstanceCgroup, Removal};
 use crate::fds::{self, Fds};
-use crate::mount::{self, Writable};
 use crate::orders::Order;
 use crate::protocol::{ExitRecord, Refusal, Reply, Streams};
 use crate::signals;
@@ -52,6 +51,16 @@ pub(super) struct Instance {
     state: State,
 }
 
+/// What a command needs to know of the instance that it is to enter.
+pub(super) struct Running<'a> {
+    /// Key of its zygote.
+    pub(super) zygote: u64,
+    /// Of its init.
+    pub(super) pid: u32,
+    pub(super) pidfd: BorrowedFd<'a>,
+    pub(super) doors: Vec<BorrowedFd<'a>>,
+}
+
 /// All instances.
 #[derive(Default)]
 pub(super) struct Instances {
@@ -72,6 +81,14 @@ impl Instances {
         }
         self.removals.retain_mut(|cgroup| !matches!(cgroup.remove(), Ok(Removal::Done)));
         self.retry = (!self.removals.is_empty()).then(|| now + REMOVAL_RETRY);
+    }
+
+    /// An instance whose init lives as far as is known.
+    pub(super) fn running(&self, id: InstanceId) -> Option<Running<'_>> {
+        let instance = self.by_id.get(&id)?;
+        let State::Running { pid, pidfd } = &instance.state else { return None };
+        let doors = instance.cgroup.as_ref()?.doors().collect();
+        Some(Running { zygote: instance.zygote, pid: *pid, pidfd: pidfd.as_fd(), doors })
     }
 
     /// The last act: every process is dead, whatever is left goes now.
@@ -113,6 +130,15 @@ impl Pipe {
     }
 }
 
+/// How many of the streams are logs: standard error, then standard output.
+const fn logs_of(streams: Streams) -> usize {
+    match streams {
+        Streams::Log => 2,
+        Streams::Call => 1,
+        Streams::Terminal(_) => 0,
+    }
+}
+
 /// What a start comes with.
 struct StartDescriptors {
     daemon: OwnedFd,
@@ -125,26 +151,32 @@ impl StartDescriptors {
     fn take(mut descriptors: Fds, streams: Streams) -> Result<Self, Refusal> {
         let wrong = |text: &str| Refusal::Malformed(text.to_owned());
         let expected = match streams {
-            Streams::Log => 1,
+            Streams::Log | Streams::Terminal(_) => 1,
             Streams::Call => 3,
         };
         if descriptors.len() != expected {
             return Err(wrong("the start's descriptors do not fit the revision's streams"));
         }
-        let mut take = |index, allowed: &[FileType]| {
-            let fd = descriptors.take(index).ok_or_else(|| wrong("a descriptor is missing"))?;
-            let found = rustix::fs::fstat(&fd).map_err(|errno| refusal(StepError { step: "look at a descriptor", errno }))?;
-            // A directory of the host, for one, would be a way out for the image.
-            if allowed.contains(&FileType::from_raw_mode(found.st_mode)) {
-                Ok(fd)
-            } else {
-                Err(wrong("a descriptor is neither pipe nor socket"))
-            }
-        };
-        let daemon = take(0, &[FileType::Socket])?;
-        let streams = [FileType::Fifo, FileType::Socket];
-        let call = if expected == 3 { Some((take(1, &streams)?, take(2, &streams)?)) } else { None };
+        let daemon = take_descriptor(&mut descriptors, 0, &[FileType::Socket])?;
+        let mut take = |index| take_descriptor(&mut descriptors, index, &STREAM_KINDS);
+        let call = if expected == 3 { Some((take(1)?, take(2)?)) } else { None };
         Ok(Self { daemon, call })
+    }
+}
+
+/// What a stream for the image's programs may be.
+pub(super) const STREAM_KINDS: [FileType; 2] = [FileType::Fifo, FileType::Socket];
+
+/// Takes a descriptor that is to be given to an instance.
+pub(super) fn take_descriptor(descriptors: &mut Fds, index: usize, allowed: &[FileType]) -> Result<OwnedFd, Refusal> {
+    let wrong = |text: &str| Refusal::Malformed(text.to_owned());
+    let fd = descriptors.take(index).ok_or_else(|| wrong("a descriptor is missing"))?;
+    let found = rustix::fs::fstat(&fd).map_err(|errno| refusal(StepError { step: "look at a descriptor", errno }))?;
+    // A directory of the host, for one, would be a way out for the image.
+    if allowed.contains(&FileType::from_raw_mode(found.st_mode)) {
+        Ok(fd)
+    } else {
+        Err(wrong("a descriptor is neither pipe nor socket"))
     }
 }
 
@@ -187,14 +219,15 @@ impl Keeper {
         let group = GroupLimits { memory_bytes: limits.memory.as_bytes(), pids_max: limits.pids };
         let cgroup = self.cgroups.create(&id.to_string(), group).map_err(|error| cgroup_refusal(&error))?;
         let made = (|| {
-            let writable = Writable::make(limits.writable_bytes(), zygote.ids.base).map_err(refusal)?;
-            let overlay = if self.mode.is_rootless() { mount::overlay_of_user } else { mount::overlay };
-            let root = overlay(&zygote.layers.borrow(), &writable).map_err(refusal)?;
-            let stderr = Pipe::log()?;
-            let stdout = if call.is_none() { Some(Pipe::log()?) } else { None };
-            Ok((writable, root, stderr, stdout))
+            let writable = self.mounts.writable(limits.writable_bytes(), zygote.ids.base).map_err(refusal)?;
+            let root = self.mounts.overlay(zygote.layers.mapped(), &writable).map_err(refusal)?;
+            let mut logs = Vec::with_capacity(2);
+            for _ in 0..logs_of(streams) {
+                logs.push(Pipe::log()?);
+            }
+            Ok((writable, root, logs))
         })();
-        let (writable, root, stderr, stdout) = match made {
+        let (writable, root, logs) = match made {
             Ok(made) => made,
             Err(refused) => {
                 self.instances.release(cgroup);
@@ -205,16 +238,15 @@ impl Keeper {
         self.spent.push(writable);
 
         let mut sent = vec![root.as_fd(), daemon.as_fd()];
-        match (&call, &stdout) {
-            (Some((stdin, stdout)), _) => sent.extend([stdin.as_fd(), stdout.as_fd()]),
-            (None, Some(stdout)) => sent.push(stdout.write.as_fd()),
-            (None, None) => {}
+        if let Some((stdin, stdout)) = &call {
+            sent.extend([stdin.as_fd(), stdout.as_fd()]);
         }
-        sent.push(stderr.write.as_fd());
+        // Standard output comes before standard error.
+        sent.extend(logs.iter().rev().map(|log| log.write.as_fd()));
         sent.extend(cgroup.doors());
         let ordered = zygote.order(&self.epoll, Order::Spawn(id), &sent);
         zygote.live += 1;
-        let logs = [Some(stderr), stdout].into_iter().flatten().map(|pipe| pipe.read).collect();
+        let logs = logs.into_iter().map(|log| log.read).collect();
         let state = State::Starting(requester);
         let instance = Instance { revision, zygote: key, descriptor, logs, cgroup: Some(cgroup), state };
         self.instances.by_id.insert(id, instance);

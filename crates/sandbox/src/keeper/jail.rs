@@ -2,7 +2,7 @@
 //!
 //! Runs in the forked child, which is a process with one thread and may allocate. What the daemon sees: `/data` (the data directory), `/etc`
 //! and `/usr` read-only (names, certificates, time zones), the directory that `/etc/resolv.conf` points into, `/proc`, `/dev/null`,
-//! `/dev/random`, `/dev/urandom`. Its program is the keeper's own, by `/proc/self/exe`: no directory on the way to it need be open to it.
+//! `/dev/random`, `/dev/urandom`. Its program is the keeper's own, by a descriptor: no directory on the way to it need be open to it.
 
 use std::ffi::{CStr, CString};
 use std::fs;
@@ -17,6 +17,7 @@ use rustix::thread::{CapabilitySet, UnshareFlags};
 
 use super::data::DaemonUser;
 use crate::daemon::{ADMIN, CONTROL, FIRST_TCP};
+use crate::executable::Executable;
 use crate::fds;
 use crate::mount::{self, INERT, Tmpfs};
 use crate::signals::{self, SignalSet};
@@ -35,6 +36,7 @@ pub(super) struct Birth<'a> {
     pub(super) user: DaemonUser,
     /// There is one id only, which is the keeper's too.
     pub(super) single: bool,
+    pub(super) executable: &'a Executable,
     /// The whole command line.
     pub(super) argv: &'a [CString],
     pub(super) control: BorrowedFd<'a>,
@@ -51,7 +53,7 @@ pub(super) fn become_daemon(birth: &Birth<'_>) -> StepError {
         .and_then(|()| place_descriptors(birth))
         .and_then(|()| drop_privileges(birth));
     match failed {
-        Ok(()) => exec(birth.argv),
+        Ok(()) => birth.executable.execute(birth.argv),
         Err(error) => error,
     }
 }
@@ -193,19 +195,5 @@ fn drop_privileges(birth: &Birth<'_>) -> Result<(), StepError> {
     match rustix::process::getppid() {
         Some(parent) if parent.as_raw_pid() == birth.keeper => Ok(()),
         _ => Err(StepError { step: "find the keeper alive", errno: Errno::SRCH }),
-    }
-}
-
-fn exec(argv: &[CString]) -> StepError {
-    let pointers: Vec<_> = argv.iter().map(|argument| argument.as_ptr()).chain([std::ptr::null()]).collect();
-    let env: Vec<CString> = std::env::vars_os()
-        .filter_map(|(name, value)| CString::new([name.as_bytes(), b"=", value.as_bytes()].concat()).ok())
-        .collect();
-    let env: Vec<_> = env.iter().map(|variable| variable.as_ptr()).chain([std::ptr::null()]).collect();
-    // SAFETY: all three are NUL- or null-terminated and live; on success this memory is gone, on failure the call returns.
-    unsafe { libc::execve(c"/proc/self/exe".as_ptr(), pointers.as_ptr(), env.as_ptr()) };
-    StepError {
-        step: "execute the daemon (its file must be executable by everybody)",
-        errno: errno_of(&std::io::Error::last_os_error()),
     }
 }

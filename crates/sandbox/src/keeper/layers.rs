@@ -9,7 +9,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
 
-use crate::mount;
+use crate::mount::{Mounted, Mounts};
 use crate::protocol::Refusal;
 use crate::step::{StepError, checked};
 
@@ -24,48 +24,54 @@ const COMMITTED_MODE: u32 = 0o444;
 /// The mounted layers. One that no zygote uses is unmounted.
 #[derive(Default)]
 pub(super) struct Layers {
-    mounted: HashMap<LayerId, Weak<OwnedFd>>,
+    mounted: HashMap<LayerId, Weak<Mounted>>,
 }
 
 /// The layers of one zygote.
 pub(super) struct Lent {
     /// With the zygote's ids; the uppermost first, as an overlay wants them.
-    mapped: Vec<OwnedFd>,
+    mapped: Vec<Mounted>,
     /// What they are clones of, for as long as the zygote lives.
-    mounted: Vec<Rc<OwnedFd>>,
+    mounted: Vec<Rc<Mounted>>,
 }
 
 impl Lent {
     /// Directories, uppermost first, which have the zygote's ids already.
-    pub(super) fn directories(mapped: Vec<OwnedFd>) -> Self {
+    pub(super) fn directories(mapped: Vec<Mounted>) -> Self {
         Self { mapped, mounted: Vec::new() }
     }
 
     /// Uppermost first.
-    pub(super) fn borrow(&self) -> Vec<BorrowedFd<'_>> {
-        self.mapped.iter().map(AsFd::as_fd).collect()
+    pub(super) fn mapped(&self) -> &[Mounted] {
+        &self.mapped
     }
 }
 
 impl Layers {
     /// Mounts what is not mounted yet, and maps ids. `layers` is bottom to top.
-    pub(super) fn lend(&mut self, store: BorrowedFd<'_>, layers: &[LayerId], ids: BorrowedFd<'_>) -> Result<Lent, Refusal> {
+    pub(super) fn lend(
+        &mut self,
+        mounts: &Mounts,
+        store: BorrowedFd<'_>,
+        layers: &[LayerId],
+        ids: BorrowedFd<'_>,
+    ) -> Result<Lent, Refusal> {
         let mut lent = Lent { mapped: Vec::with_capacity(layers.len()), mounted: Vec::with_capacity(layers.len()) };
         for layer in layers.iter().rev() {
-            let mounted = self.mount(store, *layer)?;
-            lent.mapped.push(mount::idmapped(mounted.as_fd(), ids).map_err(refusal)?);
+            let mounted = self.mount(mounts, store, *layer)?;
+            lent.mapped.push(mounts.idmapped(&mounted, ids).map_err(refusal)?);
             lent.mounted.push(mounted);
         }
         self.mounted.retain(|_, mounted| mounted.strong_count() > 0);
         Ok(lent)
     }
 
-    fn mount(&mut self, store: BorrowedFd<'_>, layer: LayerId) -> Result<Rc<OwnedFd>, Refusal> {
+    fn mount(&mut self, mounts: &Mounts, store: BorrowedFd<'_>, layer: LayerId) -> Result<Rc<Mounted>, Refusal> {
         if let Some(mounted) = self.mounted.get(&layer).and_then(Weak::upgrade) {
             return Ok(mounted);
         }
         let file = open_committed(store, layer)?;
-        let mounted = Rc::new(mount::erofs(file.as_fd()).map_err(refusal)?);
+        let mounted = Rc::new(mounts.layer(file.as_fd()).map_err(refusal)?);
         self.mounted.insert(layer, Rc::downgrade(&mounted));
         Ok(mounted)
     }

@@ -27,12 +27,9 @@ pub(super) enum Mode {
 }
 
 impl Mode {
-    /// By the user that runs this process, which is in a user namespace of its own afterwards unless it is root.
-    pub(super) fn decide(log: fn(&str)) -> Result<Self, KeeperError> {
-        if rustix::process::geteuid().is_root() {
-            return Ok(Self::Root(DaemonUser::find()));
-        }
-        rootless::enter(log).map(Self::Rootless).map_err(KeeperError::Missing)
+    /// By the user namespace that this process is root of.
+    pub(super) fn decide() -> Result<Self, KeeperError> {
+        Ok(rootless::own_ids()?.map_or_else(|| Self::Root(DaemonUser::find()), Self::Rootless))
     }
 
     pub(super) fn is_rootless(&self) -> bool {

@@ -49,6 +49,8 @@ impl Keeper {
                 },
                 _ => self.refuse(from, Refusal::NoInstance),
             },
+            Request::Exec { exec, instance, spec } => self.exec(from, exec, instance, spec, descriptors),
+            Request::SignalExec { exec, signal } => self.signal_exec(from, exec, signal.number().into()),
             Request::List => self.list(from),
             Request::AcknowledgeExit { instance } => self.acknowledge(from, instance),
             Request::CommitLayer { layer } => {

@@ -22,10 +22,12 @@ use rustix::io::Errno;
 use rustix::mount::OpenTreeFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
 
+use super::data::DataDirectory;
 use super::layers::{Lent, open_committed, refusal};
 use super::mode::Mode;
 use super::{Keeper, Requester, TOKEN_UNPACKERS};
 use crate::fds::{self, Exit};
+use crate::mount::Mounts;
 use crate::protocol::{Refusal, Reply, RevisionSpec, TEXT_BYTES_MAX};
 use crate::rootless::Ids;
 use crate::step::{StepError, at};
@@ -102,9 +104,11 @@ struct Running {
 }
 
 impl Unpacked {
-    /// Opens the directory, makes it if it is not there, and queues the removal of what is not needed. `layers` is the store's.
-    pub(super) fn open(data: BorrowedFd<'_>, layers: BorrowedFd<'_>, mode: &Mode, log: fn(&str)) -> Result<Self, StepError> {
-        let directory = make_directory(data, "unpacked", 0).map_err(at("make the directory of unpacked layers"))?;
+    /// Opens the directory, makes it if it is not there, and queues the removal of what is not needed. Nothing for a keeper that mounts layers.
+    pub(super) fn open(data: &DataDirectory, mode: &Mode, log: fn(&str)) -> Result<Option<Self>, StepError> {
+        let Mode::Rootless(ids) = mode else { return Ok(None) };
+        let directory =
+            make_directory(data.root.as_fd(), "unpacked", 0).map_err(at("make the directory of unpacked layers"))?;
         let mut unpacked = Self {
             directory,
             slots: HashMap::new(),
@@ -113,10 +117,8 @@ impl Unpacked {
             next_key: 0,
             parked: Vec::new(),
         };
-        if let Mode::Rootless(ids) = mode {
-            unpacked.sweep(layers, ids, log).map_err(at("list unpacked layers"))?;
-        }
-        Ok(unpacked)
+        unpacked.sweep(data.layers.as_fd(), ids, log).map_err(at("list unpacked layers"))?;
+        Ok(Some(unpacked))
     }
 
     /// Whether a slot has all of these layers. Makes nothing.
@@ -129,11 +131,13 @@ impl Unpacked {
     }
 
     /// The layers of a zygote, which are all there. `layers` is bottom to top.
-    pub(super) fn lend(&self, slot: u32, layers: &[LayerId]) -> Result<Lent, Refusal> {
+    pub(super) fn lend(&self, mounts: &Mounts, slot: u32, layers: &[LayerId]) -> Result<Lent, Refusal> {
         let slot = self.slots.get(&slot).ok_or(Refusal::NoZygote)?;
         let open = |layer: &LayerId| {
             rustix::fs::openat(&slot.directory, directory_name(*layer), DIRECTORY | OFlags::PATH, FileMode::empty())
-                .map_err(|errno| refusal(StepError { step: "open an unpacked layer", errno }))
+                .map_err(at("open an unpacked layer"))
+                .and_then(|directory| mounts.directory(directory.as_fd()))
+                .map_err(refusal)
         };
         Ok(Lent::directories(layers.iter().rev().map(open).collect::<Result<_, _>>()?))
     }
@@ -263,6 +267,7 @@ impl Keeper {
             directory: directory.as_fd(),
             layer: layer.as_ref().map(AsFd::as_fd),
             report: theirs.as_fd(),
+            executable: &self.executable,
             argv: &argv,
         };
         // SAFETY: the keeper has one thread, as was checked at its start.

@@ -267,8 +267,8 @@ impl Keeper {
         let ids = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| refusal(StepError { step: "open a user namespace", errno }))?;
         let layers = match &self.unpacked {
-            None => self.layers.lend(self.data.layers.as_fd(), &spec.layers, ids.as_fd())?,
-            Some(unpacked) => unpacked.lend(slot, &spec.layers)?,
+            None => self.layers.lend(&self.mounts, self.data.layers.as_fd(), &spec.layers, ids.as_fd())?,
+            Some(unpacked) => unpacked.lend(&self.mounts, slot, &spec.layers)?,
         };
         let failed = |errno| refusal(StepError { step: "watch a zygote", errno });
         let token = TOKEN_ZYGOTES + 2 * key;
@@ -293,7 +293,7 @@ impl Keeper {
         }
     }
 
-    fn order(&mut self, key: u64, order: Order, descriptors: &[BorrowedFd<'_>]) {
+    pub(super) fn order(&mut self, key: u64, order: Order, descriptors: &[BorrowedFd<'_>]) {
         if let Some(zygote) = self.zygotes.by_key.get_mut(&key)
             && let Err(fault) = zygote.order(&self.epoll, order, descriptors)
         {
@@ -353,7 +353,7 @@ impl Keeper {
     fn on_report(&mut self, key: u64, report: Report, mut descriptors: fds::Fds) -> Option<()> {
         let zygote = self.zygotes.by_key.get_mut(&key)?;
         zygote.heard = Instant::now();
-        if !matches!(report, Report::Exited { .. }) {
+        if report.is_answer() {
             zygote.owed = zygote.owed.checked_sub(1)?;
         }
         match report {
@@ -377,6 +377,16 @@ impl Keeper {
                 self.instance_not_spawned(key, instance, Refusal::System { step, errno })?;
             }
             Report::Exited { instance, status } => self.instance_exited(key, instance, status)?,
+            Report::ExecSpawned(exec) => self.exec_spawned(key, exec)?,
+            Report::ExecNotSpawned { exec, errno: libc::ESRCH, .. } => {
+                self.exec_not_spawned(key, exec, Refusal::NoInstance)?;
+            }
+            Report::ExecNotSpawned { exec, errno, step } => {
+                self.exec_not_spawned(key, exec, Refusal::System { step, errno })?;
+            }
+            Report::ExecSignalled { exec, errno } => self.exec_signalled(key, exec, errno)?,
+            Report::ExecEnded { exec, status } => self.exec_ended(key, exec, Some(status))?,
+            Report::ExecLost(exec) => self.exec_ended(key, exec, None)?,
             Report::Sockets { instance, errno } => {
                 let (asked, requester) = zygote.sockets.pop_front()?;
                 if asked != instance {
@@ -412,6 +422,7 @@ impl Keeper {
         for requester in setting_up.into_iter().chain(zygote.sockets.into_iter().map(|(_, requester)| requester)) {
             self.reply(requester, &Reply::Refused(Refusal::NoZygote), &[]);
         }
+        self.execs_lost(key);
         self.instances_lost(key);
         self.event(&Reply::RevisionEnded { revision: zygote.revision });
     }

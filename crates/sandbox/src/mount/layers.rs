@@ -2,13 +2,17 @@
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountAttrFlags, OpenTreeFlags, fsconfig_set_fd, fsconfig_set_flag, fsconfig_set_string, open_tree};
+use rustix::mount::{
+    MountAttrFlags, MountFlags, OpenTreeFlags, fsconfig_set_fd, fsconfig_set_flag, fsconfig_set_string, mount, open_tree,
+};
 use rustix::process::{Gid, Uid};
 
-use super::{Attributes, Tmpfs, create, open, read_only, set_attributes, tmpfs};
+use super::workshop::{Place, Workshop};
+use super::{Attributes, Features, LayerSource, OverlayForm, Tmpfs, create, loops, open, read_only, set_attributes, tmpfs};
 use crate::step::{StepError, at};
 
 /// Where the superblock of erofs stands in its file.
@@ -20,15 +24,164 @@ const METADATA_READ_MAX: u64 = 8 << 20;
 /// One read of it.
 const METADATA_READ_STEP: usize = 64 << 10;
 
-/// Mounts the erofs image in `file` read-only and `nodev`, attached nowhere. Mount each file once and clone it ([`idmapped`]): two mounts
-/// by file share no page cache. `ENOTBLK` where the kernel mounts no files (before 6.12) or the file lies on tmpfs or an overlay.
-/// Needs CAP_SYS_ADMIN in the first user namespace, and `/proc`.
-///
-/// The metadata, which our writer puts at the end, is read first: a first walk is then 1.5 times as fast.
-pub fn erofs(file: BorrowedFd<'_>) -> Result<OwnedFd, StepError> {
-    read_metadata(file).map_err(at("read the metadata of a layer"))?;
+/// Room for the options of mount(2) with their NUL: a page, of which the kernel cuts off without a word what is too long.
+const OPTIONS_BYTES_MAX: usize = 4096;
+
+/// Makes layers and root file systems in the way that this kernel can.
+#[derive(Debug)]
+pub struct Mounts {
+    features: Features,
+    /// Where mounts are attached, if that is what they need to be.
+    workshop: Option<Rc<Workshop>>,
+}
+
+/// A mount that is seen nowhere. It goes when this is dropped, and what was made of it stays.
+#[derive(Debug)]
+pub struct Mounted {
+    /// Dropped first: the descriptor of a mount that is taken off is of no more use.
+    place: Option<Place>,
+    mount: OwnedFd,
+}
+
+impl AsFd for Mounted {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.mount.as_fd()
+    }
+}
+
+impl Mounts {
+    /// For a kernel that has been probed ([`Mounts::probe`]), or a test's choice. Without [`OverlayForm::Descriptors`] this makes a mount
+    /// namespace, and gives the calling thread a working directory of its own.
+    pub fn open(features: Features) -> Result<Self, StepError> {
+        let workshop = match features.overlay {
+            OverlayForm::Descriptors => None,
+            OverlayForm::Paths => Some(Rc::new(Workshop::open()?)),
+        };
+        Ok(Self { features, workshop })
+    }
+
+    /// What it was opened with.
+    pub const fn features(&self) -> Features {
+        self.features
+    }
+
+    /// Mounts the erofs image in `file` read-only and `nodev`. Mount each file once and clone it ([`Mounts::idmapped`]): two mounts of one
+    /// file share no page cache. `ENOTBLK` for [`LayerSource::File`] where the kernel mounts no files (before 6.12) or the file lies on tmpfs
+    /// or an overlay. Needs CAP_SYS_ADMIN in the first user namespace, and `/proc`.
+    ///
+    /// The metadata, which our writer puts at the end, is read first: a first walk is then 1.5 times as fast.
+    pub fn layer(&self, file: BorrowedFd<'_>) -> Result<Mounted, StepError> {
+        read_metadata(file).map_err(at("read the metadata of a layer"))?;
+        let mount = match self.features.layers {
+            LayerSource::File => erofs(file)?,
+            // The mount is the device's user from here on.
+            LayerSource::Loop => erofs(loops::bind(file)?.as_fd())?,
+            LayerSource::Directory => {
+                return Err(StepError { step: "mount a layer that is to be unpacked", errno: Errno::OPNOTSUPP });
+            }
+        };
+        self.settle(mount)
+    }
+
+    /// A layer that was unpacked into a directory, for [`LayerSource::Directory`].
+    pub fn directory(&self, directory: BorrowedFd<'_>) -> Result<Mounted, StepError> {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+        self.settle(open_tree(directory, c"", flags).map_err(at("clone the mount of a layer's directory"))?)
+    }
+
+    /// A clone of a layer in which ids are those of the user namespace: id N of the image is id N inside, `base + N` on the host. `EPERM`
+    /// if the layer is such a clone already.
+    pub fn idmapped(&self, layer: &Mounted, user_namespace: BorrowedFd<'_>) -> Result<Mounted, StepError> {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+        let clone = || open_tree(layer, c"", flags).map_err(at("clone the mount of a layer"));
+        let clone = match &self.workshop {
+            None => clone()?,
+            Some(workshop) => workshop.inside(clone)?,
+        };
+        let attributes = Attributes {
+            set: u64::from(MountAttrFlags::MOUNT_ATTR_IDMAP.bits()),
+            userns_fd: user_namespace.as_raw_fd() as u64,
+            ..Attributes::default()
+        };
+        set_attributes(clone.as_fd(), c"", libc::AT_EMPTY_PATH, &attributes).map_err(at("map the ids of a layer"))?;
+        self.settle(clone)
+    }
+
+    /// Makes the writable part of a root file system, with room for `size_bytes`. It belongs to the host id `owner`, which is root inside.
+    /// Pages count towards the memory limit of who writes them.
+    pub fn writable(&self, size_bytes: u64, owner: u32) -> Result<Writable, StepError> {
+        let attributes = MountAttrFlags::MOUNT_ATTR_NODEV;
+        let mount = tmpfs(&Tmpfs { size_bytes, uid: owner, gid: owner, mode: 0o700, attributes })?;
+        let directory = |name, mode| -> Result<OwnedFd, Errno> {
+            rustix::fs::mkdirat(&mount, name, Mode::from_raw_mode(mode))?;
+            // The mode above is subject to the umask.
+            let fd = rustix::fs::openat(&mount, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+            rustix::fs::fchmod(&fd, Mode::from_raw_mode(mode))?;
+            let (uid, gid) = (Uid::from_raw(owner), Gid::from_raw(owner));
+            rustix::fs::chownat(&fd, c"", Some(uid), Some(gid), AtFlags::EMPTY_PATH)?;
+            Ok(fd)
+        };
+        // `/` of the container has the mode and owner of the upper directory.
+        let upper = directory(c"upper", 0o755).map_err(at("make the upper directory"))?;
+        let work = directory(c"work", 0o700).map_err(at("make the work directory"))?;
+        if self.workshop.is_some() {
+            rustix::fs::mkdirat(&mount, c"root", Mode::from_raw_mode(0o700)).map_err(at("make the place of an overlay"))?;
+        }
+        Ok(Writable { mount: self.settle(mount)?, upper, work })
+    }
+
+    /// Makes an overlay of `layers`, the **uppermost first**, under the writable part; `nodev`, attached nowhere. It holds all it needs: the
+    /// descriptors may be closed, and the mounts dropped. `EINVAL` without a layer.
+    pub fn overlay(&self, layers: &[Mounted], writable: &Writable) -> Result<OwnedFd, StepError> {
+        match &self.workshop {
+            None => overlay_of_descriptors(layers, writable, self.marks()),
+            Some(workshop) => overlay_of_paths(workshop, layers, writable, self.marks()),
+        }
+    }
+
+    /// The numbers of loop devices that still have layers of `store`, which another server must have mounted before: who holds a mount of
+    /// one holds the device. Those that nobody uses are freed by this. To be asked before the first layer is mounted.
+    pub fn left_from_before(&self, store: BorrowedFd<'_>) -> Result<Vec<usize>, StepError> {
+        match self.features.layers {
+            LayerSource::File | LayerSource::Directory => Ok(Vec::new()),
+            LayerSource::Loop => loops::left(store),
+        }
+    }
+
+    const fn marks(&self) -> Marks {
+        match self.features.layers {
+            LayerSource::File | LayerSource::Loop => Marks::Trusted,
+            LayerSource::Directory => Marks::User,
+        }
+    }
+
+    /// Attaches a mount where that is needed.
+    fn settle(&self, mount: OwnedFd) -> Result<Mounted, StepError> {
+        let place = self.workshop.as_ref().map(|workshop| workshop.attach(mount.as_fd())).transpose()?;
+        Ok(Mounted { place, mount })
+    }
+}
+
+/// The writable part of a root file system: a tmpfs that vanishes with the last mount of it.
+#[derive(Debug)]
+pub struct Writable {
+    upper: OwnedFd,
+    work: OwnedFd,
+    /// A mount that no namespace has is taken apart when its own descriptor is closed; an overlay cannot be made of its directories then.
+    mount: Mounted,
+}
+
+impl Writable {
+    /// The upper directory: what is put here before the overlay is made stands over the layers (hosts, resolv.conf).
+    pub fn upper(&self) -> BorrowedFd<'_> {
+        self.upper.as_fd()
+    }
+}
+
+/// Mounts what is behind `source`: an image's file, or a block device.
+fn erofs(source: BorrowedFd<'_>) -> Result<OwnedFd, StepError> {
     let context = open(c"erofs", "fsopen erofs")?;
-    let source = CString::new(format!("/proc/self/fd/{}", file.as_raw_fd())).expect("no NUL in it");
+    let source = CString::new(format!("/proc/self/fd/{}", source.as_raw_fd())).expect("no NUL in it");
     fsconfig_set_string(&context, c"source", &*source).map_err(at("set the file of a layer"))?;
     read_only(&context)?;
     create(&context, MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NODEV, "mount a layer")
@@ -60,77 +213,51 @@ fn read_metadata(file: BorrowedFd<'_>) -> Result<(), Errno> {
     Ok(())
 }
 
-/// A clone of `mount` in which ids are those of the user namespace: id N of the image is id N inside, `base + N` on the host. `EPERM` if
-/// the mount is such a clone already.
-pub fn idmapped(mount: BorrowedFd<'_>, user_namespace: BorrowedFd<'_>) -> Result<OwnedFd, StepError> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
-    let clone = open_tree(mount, c"", flags).map_err(at("clone the mount of a layer"))?;
-    let attributes = Attributes {
-        set: u64::from(MountAttrFlags::MOUNT_ATTR_IDMAP.bits()),
-        userns_fd: user_namespace.as_raw_fd() as u64,
-        ..Attributes::default()
-    };
-    set_attributes(clone.as_fd(), c"", libc::AT_EMPTY_PATH, &attributes).map_err(at("map the ids of a layer"))?;
-    Ok(clone)
+/// The name space of attributes in which overlayfs notes what a layer hides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Marks {
+    /// `trusted.overlay.*`, for root of the machine.
+    Trusted,
+    /// `user.overlay.*`, for root of another user namespace. tmpfs has them since Linux 6.6.
+    User,
 }
 
-/// The writable part of a root file system: a tmpfs that vanishes with the last mount of it.
-#[derive(Debug)]
-pub struct Writable {
-    /// A mount that no namespace has is taken apart when its own descriptor is closed; an overlay cannot be made of its directories then.
-    _mount: OwnedFd,
-    upper: OwnedFd,
-    work: OwnedFd,
-}
+// Both with `nodev`: an image can carry the node of the host's disk, and container root could open it (user_namespaces(7) hides nodes of
+// file systems mounted inside, which this one is not).
 
-impl Writable {
-    /// Makes it with room for `size_bytes`. It belongs to the host id `owner`, which is root inside. Pages count towards the memory limit
-    /// of who writes them.
-    pub fn make(size_bytes: u64, owner: u32) -> Result<Self, StepError> {
-        let attributes = MountAttrFlags::MOUNT_ATTR_NODEV;
-        let mount = tmpfs(&Tmpfs { size_bytes, uid: owner, gid: owner, mode: 0o700, attributes })?;
-        let directory = |name, mode| -> Result<OwnedFd, Errno> {
-            rustix::fs::mkdirat(&mount, name, Mode::from_raw_mode(mode))?;
-            // The mode above is subject to the umask.
-            let fd = rustix::fs::openat(&mount, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-            rustix::fs::fchmod(&fd, Mode::from_raw_mode(mode))?;
-            let (uid, gid) = (Uid::from_raw(owner), Gid::from_raw(owner));
-            rustix::fs::chownat(&fd, c"", Some(uid), Some(gid), AtFlags::EMPTY_PATH)?;
-            Ok(fd)
-        };
-        // `/` of the container has the mode and owner of the upper directory.
-        let upper = directory(c"upper", 0o755).map_err(at("make the upper directory"))?;
-        let work = directory(c"work", 0o700).map_err(at("make the work directory"))?;
-        Ok(Self { _mount: mount, upper, work })
-    }
-
-    /// The upper directory: what is put here before the overlay is made stands over the layers (hosts, resolv.conf).
-    pub fn upper(&self) -> BorrowedFd<'_> {
-        self.upper.as_fd()
-    }
-}
-
-/// Makes an overlay of `layers`, the **uppermost first**, under the writable part; `nodev`, attached nowhere. It holds all it needs: the
-/// descriptors may be closed. `EINVAL` without a layer.
-pub fn overlay(layers: &[BorrowedFd<'_>], writable: &Writable) -> Result<OwnedFd, StepError> {
-    overlay_by(&open(c"overlay", "fsopen overlay")?, layers, writable)
-}
-
-/// As [`overlay`], in a user namespace that is not the first: the layers are directories, and overlayfs keeps its marks in `user.overlay.*`,
-/// since `trusted.*` is for root of the machine. The upper file system must have such attributes, which tmpfs has since Linux 6.6.
-pub fn overlay_of_user(layers: &[BorrowedFd<'_>], writable: &Writable) -> Result<OwnedFd, StepError> {
+fn overlay_of_descriptors(layers: &[Mounted], writable: &Writable, marks: Marks) -> Result<OwnedFd, StepError> {
     let context = open(c"overlay", "fsopen overlay")?;
-    fsconfig_set_flag(&context, c"userxattr").map_err(at("set userxattr of an overlay"))?;
-    overlay_by(&context, layers, writable)
+    if marks == Marks::User {
+        fsconfig_set_flag(&context, c"userxattr").map_err(at("set the attributes of an overlay"))?;
+    }
+    for layer in layers {
+        fsconfig_set_fd(&context, c"lowerdir+", layer).map_err(at("add a layer to an overlay"))?;
+    }
+    fsconfig_set_fd(&context, c"upperdir", &writable.upper).map_err(at("set the upper directory of an overlay"))?;
+    fsconfig_set_fd(&context, c"workdir", &writable.work).map_err(at("set the work directory of an overlay"))?;
+    create(&context, MountAttrFlags::MOUNT_ATTR_NODEV, "mount an overlay")
 }
 
-fn overlay_by(context: &OwnedFd, layers: &[BorrowedFd<'_>], writable: &Writable) -> Result<OwnedFd, StepError> {
+/// By mount(2), whose options have a page: `fsconfig` takes 255 bytes of one, which is 60 layers. The result is a clone; the mount itself lies on the writable
+/// part and goes with it.
+fn overlay_of_paths(workshop: &Workshop, layers: &[Mounted], writable: &Writable, marks: Marks) -> Result<OwnedFd, StepError> {
+    let unattached = StepError { step: "find the place of a mount", errno: Errno::INVAL };
+    let mut lower = Vec::with_capacity(layers.len());
     for layer in layers {
-        fsconfig_set_fd(context, c"lowerdir+", layer).map_err(at("add a layer to an overlay"))?;
+        lower.push(layer.place.as_ref().ok_or(unattached)?.name().to_string_lossy());
     }
-    fsconfig_set_fd(context, c"upperdir", &writable.upper).map_err(at("set the upper directory of an overlay"))?;
-    fsconfig_set_fd(context, c"workdir", &writable.work).map_err(at("set the work directory of an overlay"))?;
-    // `nodev`: an image can carry the node of the host's disk, and container root could open it (reference: user_namespaces(7) hides
-    // nodes of file systems mounted inside, which this one is not).
-    create(context, MountAttrFlags::MOUNT_ATTR_NODEV, "mount an overlay")
+    let base = writable.mount.place.as_ref().ok_or(unattached)?.name().to_string_lossy();
+    // Numbers and slashes: nothing in it has a meaning of its own to the kernel.
+    let marks = if marks == Marks::User { ",userxattr" } else { "" };
+    let options = format!("lowerdir={},upperdir={base}/upper,workdir={base}/work{marks}", lower.join(":"));
+    if options.len() >= OPTIONS_BYTES_MAX {
+        return Err(StepError { step: "name the layers of an overlay in one page", errno: Errno::NAMETOOLONG });
+    }
+    let options = CString::new(options).expect("no NUL in it");
+    let place = CString::new(format!("{base}/root")).expect("no NUL in it");
+    workshop.inside(|| {
+        mount(c"overlay", &*place, c"overlay", MountFlags::NODEV, &*options).map_err(at("mount an overlay"))?;
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        open_tree(CWD, &*place, flags).map_err(at("clone the mount of an overlay"))
+    })
 }

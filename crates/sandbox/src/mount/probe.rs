@@ -1,13 +1,13 @@
-//! What the running kernel lacks, found by trying.
+//! What the running kernel has and lacks, found by trying.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
-use super::{Writable, attach, devpts, erofs, idmapped, make_private, mqueue, overlay, procfs, sysfs, target};
+use super::{Mounts, attach, devpts, make_private, mqueue, procfs, sysfs, target};
 use crate::clone::{Cloned, clone3};
 use crate::step::{StepError, at};
 use crate::userns::{self, IdRange};
@@ -31,60 +31,156 @@ const NAMESPACES: i32 =
 const GO: &[u8] = b"go";
 /// Longest report of the trial's child: an errno and a step.
 const REPORT_BYTES_MAX: usize = 128;
+/// An attribute of the kind in which overlayfs keeps its marks for users.
+const TRIAL_ATTRIBUTE: &str = "user.overlay.trial";
 /// Room of the trial's writable layer.
 const TRIAL_BYTES: u64 = 1 << 20;
 
-/// Tries what a start needs, in order, with a small layer in `store` (the directory where layers will lie: what can be mounted depends on
-/// its file system). An empty list says that all of it works. The first failure hides those that build on it.
-pub fn probe(store: BorrowedFd<'_>) -> Vec<Missing> {
-    match try_all(store) {
-        Ok(()) => Vec::new(),
-        Err(missing) => vec![missing],
+/// How this kernel mounts layers and stacks them. Older ways do the same with more steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Features {
+    /// What a layer is.
+    pub layers: LayerSource,
+    /// What an overlay is made of.
+    pub overlay: OverlayForm,
+}
+
+impl Features {
+    /// What the newest kernels have.
+    pub const NEWEST: Self = Self { layers: LayerSource::File, overlay: OverlayForm::Descriptors };
+    /// What every kernel has that can run this: the ways down to Linux 5.19.
+    pub const OLDEST: Self = Self { layers: LayerSource::Loop, overlay: OverlayForm::Paths };
+}
+
+/// What a layer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerSource {
+    /// The image's file: Linux 6.12, and not on tmpfs or an overlay.
+    File,
+    /// A loop device over the file.
+    Loop,
+    /// A directory into which it was unpacked, with the ids that its user namespace has: for who may not mount it.
+    Directory,
+}
+
+/// What an overlay is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OverlayForm {
+    /// Descriptors of mounts that no namespace has: Linux 6.15.
+    Descriptors,
+    /// Paths in a mount namespace of the keeper's own.
+    Paths,
+}
+
+impl Mounts {
+    /// Tries what a start needs, in order, with a small layer in `store` (the directory where layers will lie: what can be mounted depends
+    /// on its file system), and opens what works. Ways newer than `newest` are not tried: [`Features::NEWEST`] for all. The first failure
+    /// hides those that build on it. Nothing is left of the trial.
+    pub fn probe(store: BorrowedFd<'_>, newest: Features) -> Result<Self, Missing> {
+        if !rustix::process::geteuid().is_root() {
+            return Err(Missing {
+                feature: "root",
+                reason: "the sandbox is made by root: run `funtainer serve` with sudo".to_owned(),
+            });
+        }
+        let file = trial_layer(store).map_err(|errno| Missing {
+            feature: "a writable data directory",
+            reason: format!("a file for a trial cannot be written: {errno}"),
+        })?;
+        let namespace = userns::make(TRIAL_BASE).map_err(|error| missing_userns(&error))?;
+        let layers = layer_source(file.as_fd(), newest.layers)?;
+        let features = Features { layers, ..newest };
+        let (mounts, root) = match (try_overlay(features, file.as_fd(), namespace.as_fd()), newest.overlay) {
+            (Err(newer), OverlayForm::Descriptors) => {
+                let features = Features { overlay: OverlayForm::Paths, ..features };
+                try_overlay(features, file.as_fd(), namespace.as_fd()).map_err(|error| missing_overlay(&error, Some(&newer)))?
+            }
+            (tried, _) => tried.map_err(|error| missing_overlay(&error, None))?,
+        };
+        try_root(&root, TRIAL_BASE)?;
+        try_inside(&root, TRIAL_BASE.into())?;
+        Ok(mounts)
+    }
+
+    /// As [`Mounts::probe`], for root of a user namespace that is not the first: layers are directories, as `store` is one. `ids` is a range of
+    /// functions.
+    pub fn probe_unpacked(store: BorrowedFd<'_>, ids: IdRange, newest: Features) -> Result<Self, Missing> {
+        userns::make(ids).map_err(|error| missing_userns(&error))?;
+        try_attributes(store).map_err(|errno| Missing {
+            feature: "a data directory with extended attributes",
+            reason: format!(
+                "the file system of the data directory takes no attributes of users ({errno}), in which overlayfs notes what layers \
+                 hide: choose another one with --data"
+            ),
+        })?;
+        let features = Features { layers: LayerSource::Directory, ..newest };
+        let (mounts, root) = match (try_directories(features, store, ids), newest.overlay) {
+            (Err(newer), OverlayForm::Descriptors) => {
+                let features = Features { overlay: OverlayForm::Paths, ..features };
+                try_directories(features, store, ids).map_err(|error| missing_overlay(&error, Some(&newer)))?
+            }
+            (tried, _) => tried.map_err(|error| missing_overlay(&error, None))?,
+        };
+        try_root(&root, ids.base)?;
+        try_inside(&root, ids)?;
+        Ok(mounts)
     }
 }
 
-fn try_all(store: BorrowedFd<'_>) -> Result<(), Missing> {
-    if !rustix::process::geteuid().is_root() {
-        return Err(Missing {
-            feature: "root",
-            reason: "the sandbox is made by root: run `funtainer serve` with sudo".to_owned(),
-        });
+/// A whole root file system over a directory, in one way.
+fn try_directories(features: Features, store: BorrowedFd<'_>, ids: IdRange) -> Result<(Mounts, OwnedFd), StepError> {
+    let mounts = Mounts::open(features)?;
+    let writable = mounts.writable(TRIAL_BYTES, ids.base)?;
+    try_attributes(writable.upper()).map_err(at("set an attribute of a user on tmpfs"))?;
+    let root = mounts.overlay(&[mounts.directory(store)?], &writable)?;
+    Ok((mounts, root))
+}
+
+/// Whether overlayfs could keep its marks on a directory.
+fn try_attributes(directory: BorrowedFd<'_>) -> Result<(), Errno> {
+    rustix::fs::fsetxattr(directory, TRIAL_ATTRIBUTE, b"y", XattrFlags::empty())?;
+    rustix::fs::fremovexattr(directory, TRIAL_ATTRIBUTE)
+}
+
+/// From what this kernel mounts a layer.
+fn layer_source(file: BorrowedFd<'_>, newest: LayerSource) -> Result<LayerSource, Missing> {
+    let trial = |layers| {
+        let features = Features { layers, overlay: OverlayForm::Descriptors };
+        Mounts::open(features)?.layer(file).map(drop)
+    };
+    if newest == LayerSource::File {
+        match trial(LayerSource::File) {
+            Ok(()) => return Ok(LayerSource::File),
+            // No kernel before 6.12 and no file system of the memory has them.
+            Err(error) if error.errno == Errno::NOTBLK => {}
+            Err(error) => return Err(missing_erofs(&error)),
+        }
     }
-    let file = trial_layer(store).map_err(|errno| Missing {
-        feature: "a writable data directory",
-        reason: format!("a file for a trial cannot be written: {errno}"),
-    })?;
-    let namespace = userns::make(TRIAL_BASE).map_err(|error| missing_userns(&error))?;
-    let layer = erofs(file.as_fd()).map_err(|error| missing_erofs(&error))?;
-    let mapped = idmapped(layer.as_fd(), namespace.as_fd()).map_err(|error| Missing {
-        feature: "idmapped erofs layers",
-        reason: format!("Linux 6.14 or later is needed ({error})"),
-    })?;
-    let writable = Writable::make(TRIAL_BYTES, TRIAL_BASE).map_err(|error| Missing {
-        feature: "tmpfs by descriptors",
-        reason: format!("Linux 6.14 or later with tmpfs is needed ({error})"),
-    })?;
-    let root = overlay(&[mapped.as_fd()], &writable).map_err(|error| Missing {
-        feature: "overlay by descriptors",
-        reason: format!("Linux 6.14 or later with CONFIG_OVERLAY_FS is needed ({error})"),
-    })?;
-    try_root(&root)?;
-    try_inside(&root, TRIAL_BASE.into())
+    trial(LayerSource::Loop).map(|()| LayerSource::Loop).map_err(|error| missing_erofs(&error))
+}
+
+/// A whole root file system, in one way.
+fn try_overlay(features: Features, file: BorrowedFd<'_>, ids: BorrowedFd<'_>) -> Result<(Mounts, OwnedFd), StepError> {
+    let mounts = Mounts::open(features)?;
+    let layer = mounts.layer(file)?;
+    let mapped = [mounts.idmapped(&layer, ids)?];
+    let root = mounts.overlay(&mapped, &mounts.writable(TRIAL_BYTES, TRIAL_BASE)?)?;
+    Ok((mounts, root))
 }
 
 /// The overlay shows the layer, and root inside may write.
-fn try_root(root: &OwnedFd) -> Result<(), Missing> {
+fn try_root(root: &OwnedFd, owner: u32) -> Result<(), Missing> {
     let wrong = |reason: String| Missing { feature: "a writable root file system", reason };
     let stat = rustix::fs::fstat(root).map_err(|errno| wrong(format!("the trial's root cannot be read: {errno}")))?;
-    if stat.st_uid != TRIAL_BASE {
-        return Err(wrong(format!("the trial's root belongs to {} instead of {TRIAL_BASE}", stat.st_uid)));
+    if stat.st_uid != owner {
+        return Err(wrong(format!("the trial's root belongs to {} instead of {owner}", stat.st_uid)));
     }
     rustix::fs::mkdirat(root, c"trial", Mode::from_raw_mode(0o755))
         .map_err(|errno| wrong(format!("the trial's root cannot be written: {errno}")))
 }
 
 /// A child in all namespaces of an instance makes and attaches what an init would.
-pub(crate) fn try_inside(root: &OwnedFd, ids: IdRange) -> Result<(), Missing> {
+fn try_inside(root: &OwnedFd, ids: IdRange) -> Result<(), Missing> {
     let failed = |reason: String| Missing { feature: "a trial of all namespaces", reason };
     let (ours, theirs) = fds::pair().map_err(|errno| failed(errno.to_string()))?;
     // SAFETY: the child makes system calls by functions that neither allocate nor lock, and ends in `_exit`.
@@ -170,17 +266,35 @@ fn missing_userns(error: &StepError) -> Missing {
 }
 
 fn missing_erofs(error: &StepError) -> Missing {
-    let reason = match error.errno {
-        Errno::NODEV => "the kernel has no erofs: build or load CONFIG_EROFS_FS (`modprobe erofs`)".to_owned(),
-        Errno::NOTBLK => {
-            "Linux 6.12 or later with CONFIG_EROFS_FS_BACKED_BY_FILE is needed, and a data directory on a disk's file system (not on tmpfs \
-             or an overlay): choose one with --data"
-                .to_owned()
-        }
-        Errno::PERM => format!("root here may not mount: it lacks CAP_SYS_ADMIN in the first user namespace ({error})"),
-        _ => format!("Linux 6.14 or later is needed ({error})"),
+    let reason = match (error.step, error.errno) {
+        (_, Errno::NODEV) => "the kernel has no erofs: build or load CONFIG_EROFS_FS (`modprobe erofs`)".to_owned(),
+        ("open /dev/loop-control" | "open a loop device", _) | ("mount a layer", Errno::NOTBLK) => format!(
+            "before Linux 6.12, and for a data directory on tmpfs or an overlay, layers need loop devices, which are not to be had here \
+             ({error}): load them (`modprobe loop`), in a container pass /dev/loop-control and /dev/loop* in, or choose another \
+             directory with --data on Linux 6.12 or later"
+        ),
+        (_, Errno::PERM) => format!("root here may not mount: it lacks CAP_SYS_ADMIN in the first user namespace ({error})"),
+        _ => format!("a layer cannot be mounted ({error})"),
     };
-    Missing { feature: "file-backed erofs", reason }
+    Missing { feature: "erofs layers", reason }
+}
+
+/// Why neither descriptors nor paths made a root file system; `newer` is what the first met.
+fn missing_overlay(error: &StepError, newer: Option<&StepError>) -> Missing {
+    let newer = newer.map(|newer| format!("; by descriptors: {newer}")).unwrap_or_default();
+    let (feature, cure) = match (error.step, error.errno) {
+        ("set an attribute of a user on tmpfs", _) => {
+            ("tmpfs with extended attributes", "Linux 6.6 or later is needed for a user that is not root")
+        }
+        ("map the ids of a layer", _) => ("idmapped layers", "Linux 5.19 or later is needed"),
+        ("mount an overlay", Errno::NODEV) => {
+            ("an overlay", "the kernel has none: build or load CONFIG_OVERLAY_FS (`modprobe overlay`)")
+        }
+        ("mount an overlay", _) => ("an overlay", "Linux 5.19 or later is needed"),
+        (_, Errno::PERM) => ("mounts by root", "root here may not mount: it lacks CAP_SYS_ADMIN or CAP_SYS_CHROOT"),
+        _ => ("an overlay", "a root file system for a trial cannot be made"),
+    };
+    Missing { feature, reason: format!("{cure} ({error}{newer})") }
 }
 
 /// An unnamed file in `directory` with the smallest erofs: one empty root directory. Our writer's form (extended inode, checksum-free).

@@ -60,13 +60,48 @@ fn fill(tree: &Path) {
     std::fs::create_dir(tree.join("proc")).expect("proc");
 }
 
-fn root_of(file: &File, base: u32) -> (OwnedFd, Writable) {
-    let namespace = userns::make(base).expect("a user namespace");
-    let mount = erofs(file.as_fd()).expect("a mounted layer");
-    let mapped = idmapped(mount.as_fd(), namespace.as_fd()).expect("an idmapped layer");
-    let writable = Writable::make(UPPER_BYTES, base).expect("a writable layer");
-    let root = overlay(&[mapped.as_fd()], &writable).expect("an overlay");
+/// Runs a test in every way of mounting that this kernel has, each in a thread: a way may take its thread to a mount namespace.
+fn in_every_way(test: impl Fn(&Mounts) + Sync) {
+    need_root();
+    let disk = TempDir::new().expect("a directory on a disk");
+    let disk = File::open(disk.path()).expect("it");
+    let best = Mounts::probe(disk.as_fd(), Features::NEWEST).expect("a kernel that mounts layers").features();
+    for layers in [LayerSource::File, LayerSource::Loop] {
+        for overlay in [OverlayForm::Descriptors, OverlayForm::Paths] {
+            let features = Features { layers, overlay };
+            let newer_layers = layers == LayerSource::File && best.layers == LayerSource::Loop;
+            let newer_overlay = overlay == OverlayForm::Descriptors && best.overlay == OverlayForm::Paths;
+            if newer_layers || newer_overlay {
+                continue;
+            }
+            let run = || {
+                // The reader of a failure sees which way it was.
+                println!("{features:?}");
+                test(&Mounts::open(features).expect("mounts in a way that the probe found"));
+            };
+            std::thread::scope(|scope| {
+                let outcome = scope.spawn(run).join();
+                assert!(outcome.is_ok(), "{features:?}");
+            });
+        }
+    }
+}
+
+fn root_of(mounts: &Mounts, file: &File, base: u32) -> (OwnedFd, Writable) {
+    let mapped = mapped(mounts, &[file], base);
+    let writable = mounts.writable(UPPER_BYTES, base).expect("a writable layer");
+    let root = mounts.overlay(&mapped, &writable).expect("an overlay");
     (root, writable)
+}
+
+/// Layers with a function's ids.
+fn mapped(mounts: &Mounts, files: &[&File], base: u32) -> Vec<Mounted> {
+    let namespace = userns::make(base).expect("a user namespace");
+    let map = |file: &&File| {
+        let layer = mounts.layer(file.as_fd()).expect("a mounted layer");
+        mounts.idmapped(&layer, namespace.as_fd()).expect("an idmapped layer")
+    };
+    files.iter().map(map).collect()
 }
 
 /// What zygote and init do, in their order.
@@ -99,16 +134,18 @@ fn open(path: &CStr, flags: OFlags) -> Result<OwnedFd, Errno> {
 #[test]
 fn a_root_file_system_is_made_and_entered() {
     let (_directory, file) = layer(fill);
-    let (root, _writable) = root_of(&file, TEST_BASE);
-    run(INSTANCE, || {
-        enter(root.as_fd())?;
-        owners_are_mapped()?;
-        devices_are_ours()?;
-        kernel_files_are_masked()?;
-        // The host is gone, also by way of "..".
-        refused(rustix::fs::stat(c"/../../old_root/bin"), Errno::NOENT, "the old root is gone")?;
-        refused(rustix::fs::stat(c"/usr"), Errno::NOENT, "the host's files are gone")?;
-        ensure(rustix::fs::stat(c"/mnt").is_err(), "the stage is gone")
+    in_every_way(|mounts| {
+        let (root, _writable) = root_of(mounts, &file, TEST_BASE);
+        run(INSTANCE, || {
+            enter(root.as_fd())?;
+            owners_are_mapped()?;
+            devices_are_ours()?;
+            kernel_files_are_masked()?;
+            // The host is gone, also by way of "..".
+            refused(rustix::fs::stat(c"/../../old_root/bin"), Errno::NOENT, "the old root is gone")?;
+            refused(rustix::fs::stat(c"/usr"), Errno::NOENT, "the host's files are gone")?;
+            ensure(rustix::fs::stat(c"/mnt").is_err(), "the stage is gone")
+        });
     });
 }
 
@@ -168,36 +205,119 @@ fn kernel_files_are_masked() -> Result<(), StepError> {
 #[test]
 fn the_host_sees_the_functions_own_ids() {
     let (_directory, file) = layer(fill);
-    let (root, writable) = root_of(&file, TEST_BASE);
-    run(INSTANCE, || {
-        enter(root.as_fd())?;
-        let made = open(c"/new", OFlags::WRONLY | OFlags::CREATE).map_err(at("make a file"))?;
-        rustix::fs::fchown(&made, Some(Uid::from_raw(77)), Some(Gid::from_raw(88))).map_err(at("chown"))?;
-        rustix::fs::chmod(c"/etc/owned", Mode::from_raw_mode(0o600)).map_err(at("copy up"))
+    in_every_way(|mounts| {
+        let (root, writable) = root_of(mounts, &file, TEST_BASE);
+        run(INSTANCE, || {
+            enter(root.as_fd())?;
+            let made = open(c"/new", OFlags::WRONLY | OFlags::CREATE).map_err(at("make a file"))?;
+            rustix::fs::fchown(&made, Some(Uid::from_raw(77)), Some(Gid::from_raw(88))).map_err(at("chown"))?;
+            rustix::fs::chmod(c"/etc/owned", Mode::from_raw_mode(0o600)).map_err(at("copy up"))
+        });
+        for name in [c"new", c"etc/owned"] {
+            let stat =
+                rustix::fs::statat(writable.upper(), name, AtFlags::SYMLINK_NOFOLLOW).expect("a file of the upper directory");
+            assert_eq!((stat.st_uid, stat.st_gid), (TEST_BASE + 77, TEST_BASE + 88), "{name:?}");
+        }
     });
-    for name in [c"new", c"etc/owned"] {
-        let stat =
-            rustix::fs::statat(writable.upper(), name, AtFlags::SYMLINK_NOFOLLOW).expect("a file of the upper directory");
-        assert_eq!((stat.st_uid, stat.st_gid), (TEST_BASE + 77, TEST_BASE + 88), "{name:?}");
-    }
+}
+
+/// What image programs do to the files and directories of a layer: each needs extended attributes on the upper directory, of a kind that
+/// tmpfs has for root alone before Linux 6.6.
+#[test]
+fn directories_of_a_layer_are_removed_and_renamed() {
+    let (_directory, file) = layer(|tree| {
+        for name in ["gone/below", "old/below", "proc"] {
+            std::fs::create_dir_all(tree.join(name)).expect("a directory");
+        }
+        std::fs::write(tree.join("old/below/file"), "layer").expect("a file");
+    });
+    in_every_way(|mounts| {
+        let (root, _writable) = root_of(mounts, &file, TEST_BASE);
+        run(INSTANCE, || {
+            enter(root.as_fd())?;
+            rustix::fs::rmdir(c"/gone/below").map_err(at("remove a directory of the layer"))?;
+            rustix::fs::rmdir(c"/gone").map_err(at("remove its parent"))?;
+            rustix::fs::mkdir(c"/gone", Mode::from_raw_mode(0o755)).map_err(at("make it again"))?;
+            refused(rustix::fs::stat(c"/gone/below"), Errno::NOENT, "what lay in it stays away")?;
+            match rustix::fs::rename(c"/old", c"/new") {
+                // Programs copy then: the kernel is built without redirect_dir.
+                Ok(()) | Err(Errno::XDEV) => Ok(()),
+                Err(errno) => Err(StepError { step: "rename a directory of the layer", errno }),
+            }
+        });
+    });
+}
+
+#[test]
+fn what_is_dropped_is_gone() {
+    let (_directory, file) = layer(fill);
+    in_every_way(|mounts| {
+        let device = {
+            let namespace = userns::make(TEST_BASE).expect("a user namespace");
+            let layer = mounts.layer(file.as_fd()).expect("a mounted layer");
+            let mapped = [mounts.idmapped(&layer, namespace.as_fd()).expect("an idmapped layer")];
+            let writable = mounts.writable(UPPER_BYTES, TEST_BASE).expect("a writable layer");
+            let root = mounts.overlay(&mapped, &writable).expect("an overlay");
+            let device = rustix::fs::fstat(&layer).expect("stat").st_dev;
+            drop((layer, mapped, writable));
+            // The overlay holds what it was made of.
+            let owned = rustix::fs::statat(&root, c"etc/owned", AtFlags::empty()).expect("a file of the layer");
+            assert_eq!((owned.st_uid, owned.st_gid), (TEST_BASE + 77, TEST_BASE + 88));
+            rustix::fs::mkdirat(&root, c"later", Mode::from_raw_mode(0o755)).expect("a new directory");
+            device
+        };
+        if mounts.features().layers == LayerSource::Loop {
+            let free = format!("/sys/dev/block/{}:{}/loop", rustix::fs::major(device), rustix::fs::minor(device));
+            crate::testing::until("the loop device is free", || !Path::new(&free).exists());
+        }
+    });
+}
+
+#[test]
+fn a_host_does_not_see_the_mounts_of_layers() {
+    let (_directory, file) = layer(fill);
+    in_every_way(|mounts| {
+        let before = std::fs::read_to_string("/proc/thread-self/mountinfo").expect("mounts");
+        let directory = std::fs::read_link("/proc/thread-self/cwd").expect("a working directory");
+        let (_root, _writable) = root_of(mounts, &file, TEST_BASE);
+        assert!(!std::fs::read_to_string("/proc/thread-self/mountinfo").expect("mounts").contains(" - erofs "), "{before}");
+        assert_eq!(std::fs::read_link("/proc/thread-self/cwd").expect("a working directory"), directory);
+    });
+}
+
+#[test]
+fn an_overlay_has_as_many_layers_as_an_image_may() {
+    let (_directory, file) = layer(fill);
+    let (_other, top) = layer(|tree| std::fs::write(tree.join("top"), "").expect("a file"));
+    in_every_way(|mounts| {
+        let files: Vec<&File> = [&top].into_iter().chain(std::iter::repeat_n(&file, crate::protocol::LAYERS_MAX - 1)).collect();
+        let mapped = mapped(mounts, &files, TEST_BASE);
+        let writable = mounts.writable(UPPER_BYTES, TEST_BASE).expect("a writable layer");
+        let root = mounts.overlay(&mapped, &writable).expect("an overlay");
+        for name in [c"top", c"etc/owned"] {
+            rustix::fs::statat(&root, name, AtFlags::empty()).expect("a file");
+        }
+    });
 }
 
 #[test]
 fn one_layer_serves_two_functions() {
     let (_directory, file) = layer(fill);
-    let mount = erofs(file.as_fd()).expect("a mounted layer");
-    let bases = [TEST_BASE, TEST_BASE - 0x1_0000];
-    let mapped = bases.map(|base| {
-        let namespace = userns::make(base).expect("a user namespace");
-        idmapped(mount.as_fd(), namespace.as_fd()).expect("an idmapped layer")
+    in_every_way(|mounts| {
+        let layer = mounts.layer(file.as_fd()).expect("a mounted layer");
+        let bases = [TEST_BASE, TEST_BASE - 0x1_0000];
+        let mapped = bases.map(|base| {
+            let namespace = userns::make(base).expect("a user namespace");
+            mounts.idmapped(&layer, namespace.as_fd()).expect("an idmapped layer")
+        });
+        for (base, mapped) in bases.into_iter().zip(&mapped) {
+            let stat = rustix::fs::statat(mapped, c"etc/owned", AtFlags::empty()).expect("a file");
+            assert_eq!((stat.st_uid, stat.st_gid), (base + 77, base + 88));
+        }
+        // The same file system under both, so the same page cache.
+        let devices = mapped.map(|mapped| rustix::fs::fstat(mapped).expect("stat").st_dev);
+        assert_eq!(devices[0], devices[1]);
     });
-    for (base, mapped) in bases.into_iter().zip(&mapped) {
-        let stat = rustix::fs::statat(mapped, c"etc/owned", AtFlags::empty()).expect("a file");
-        assert_eq!((stat.st_uid, stat.st_gid), (base + 77, base + 88));
-    }
-    // The same file system under both, so the same page cache.
-    let devices = mapped.map(|mapped| rustix::fs::fstat(mapped).expect("stat").st_dev);
-    assert_eq!(devices[0], devices[1]);
 }
 
 #[test]
@@ -210,19 +330,17 @@ fn layers_lie_over_each_other() {
         std::fs::write(tree.join("both"), "upper").expect("a file");
         rustix::fs::mknodat(CWD, tree.join("gone"), FileType::CharacterDevice, Mode::empty(), 0).expect("a whiteout");
     });
-    let namespace = userns::make(TEST_BASE).expect("a user namespace");
-    let mapped = [&upper, &lower].map(|file| {
-        let mount = erofs(file.as_fd()).expect("a mounted layer");
-        idmapped(mount.as_fd(), namespace.as_fd()).expect("an idmapped layer")
+    in_every_way(|mounts| {
+        let mapped = mapped(mounts, &[&upper, &lower], TEST_BASE);
+        let writable = mounts.writable(UPPER_BYTES, TEST_BASE).expect("a writable layer");
+        rustix::fs::openat(writable.upper(), c"ahead", OFlags::CREATE | OFlags::WRONLY, Mode::from_raw_mode(0o644))
+            .expect("a file put ahead");
+        let root = mounts.overlay(&mapped, &writable).expect("an overlay");
+        let file = rustix::fs::openat(&root, c"both", OFlags::RDONLY, Mode::empty()).expect("a file");
+        assert_eq!(std::io::read_to_string(File::from(file)).expect("text"), "upper");
+        assert_eq!(rustix::fs::statat(&root, c"gone", AtFlags::empty()).unwrap_err(), Errno::NOENT);
+        assert!(rustix::fs::statat(&root, c"ahead", AtFlags::empty()).is_ok());
     });
-    let writable = Writable::make(UPPER_BYTES, TEST_BASE).expect("a writable layer");
-    rustix::fs::openat(writable.upper(), c"ahead", OFlags::CREATE | OFlags::WRONLY, Mode::from_raw_mode(0o644))
-        .expect("a file put ahead");
-    let root = overlay(&mapped.each_ref().map(AsFd::as_fd), &writable).expect("an overlay");
-    let file = rustix::fs::openat(&root, c"both", OFlags::RDONLY, Mode::empty()).expect("a file");
-    assert_eq!(std::io::read_to_string(File::from(file)).expect("text"), "upper");
-    assert_eq!(rustix::fs::statat(&root, c"gone", AtFlags::empty()).unwrap_err(), Errno::NOENT);
-    assert!(rustix::fs::statat(&root, c"ahead", AtFlags::empty()).is_ok());
 }
 
 #[test]
@@ -251,43 +369,49 @@ fn what_is_no_layer_is_refused() {
     need_root();
     let directory = TempDir::new().expect("a directory");
     let path = directory.path().join("layer");
-    let mut hostile = vec![0_u8; 8192];
-    hostile[1024..1028].copy_from_slice(&0xE0F5_E1E2_u32.to_le_bytes());
-    hostile[1024 + 40..1024 + 44].copy_from_slice(&u32::MAX.to_le_bytes());
-    for bits in [0, 12, 16, 17, 63, 255] {
-        hostile[1024 + 12] = bits;
-        std::fs::write(&path, &hostile).expect("a file");
-        let error = erofs(File::open(&path).expect("a file").as_fd()).expect_err("no erofs");
-        assert_eq!(error.step, "mount a layer");
-    }
-    for bytes in [&b""[..], &[0; 1024], &[0; 1200], &[7; 9000]] {
-        std::fs::write(&path, bytes).expect("a file");
-        let error = erofs(File::open(&path).expect("a file").as_fd()).expect_err("no erofs");
-        assert_eq!((error.step, error.errno), ("mount a layer", Errno::INVAL), "{} bytes", bytes.len());
-    }
-    let (root, _writable) = {
-        let (_directory, file) = layer(fill);
-        root_of(&file, TEST_BASE)
-    };
-    let namespace = userns::make(TEST_BASE).expect("a user namespace");
-    assert_eq!(idmapped(root.as_fd(), namespace.as_fd()).expect_err("an overlay has no ids to map").errno, Errno::INVAL);
-    let writable = Writable::make(UPPER_BYTES, TEST_BASE).expect("a writable layer");
-    assert_eq!(overlay(&[], &writable).expect_err("no layer").errno, Errno::INVAL);
+    let (_kept, good) = layer(fill);
+    in_every_way(|mounts| {
+        let mut hostile = vec![0_u8; 8192];
+        hostile[1024..1028].copy_from_slice(&0xE0F5_E1E2_u32.to_le_bytes());
+        hostile[1024 + 40..1024 + 44].copy_from_slice(&u32::MAX.to_le_bytes());
+        for bits in [0, 12, 16, 17, 63, 255] {
+            hostile[1024 + 12] = bits;
+            std::fs::write(&path, &hostile).expect("a file");
+            let error = mounts.layer(File::open(&path).expect("a file").as_fd()).expect_err("no erofs");
+            assert_eq!(error.step, "mount a layer");
+        }
+        for bytes in [&b""[..], &[0; 1024], &[0; 1200], &[7; 9000]] {
+            std::fs::write(&path, bytes).expect("a file");
+            let error = mounts.layer(File::open(&path).expect("a file").as_fd()).expect_err("no erofs");
+            assert_eq!(error.step, "mount a layer");
+            assert!(matches!(error.errno, Errno::INVAL | Errno::IO), "{} bytes: {error}", bytes.len());
+        }
+        let namespace = userns::make(TEST_BASE).expect("a user namespace");
+        let layer = mounts.layer(good.as_fd()).expect("a mounted layer");
+        let mapped = mounts.idmapped(&layer, namespace.as_fd()).expect("an idmapped layer");
+        assert_eq!(mounts.idmapped(&mapped, namespace.as_fd()).expect_err("mapped already").errno, Errno::PERM);
+        let writable = mounts.writable(UPPER_BYTES, TEST_BASE).expect("a writable layer");
+        assert_eq!(mounts.overlay(&[], &writable).expect_err("no layer").errno, Errno::INVAL);
+    });
 }
 
 #[test]
-fn the_probe_finds_all_here_and_names_what_is_missing_elsewhere() {
+fn the_probe_finds_a_way_here_and_none_newer_than_allowed() {
     need_root();
     let disk = TempDir::new().expect("a directory on a disk");
-    assert_eq!(probe(File::open(disk.path()).expect("it").as_fd()), []);
+    let directory = File::open(disk.path()).expect("it");
+    let before = std::fs::read_link("/proc/thread-self/ns/mnt").expect("a namespace");
+    Mounts::probe(directory.as_fd(), Features::NEWEST).expect("a kernel that mounts layers");
+    let oldest = Mounts::probe(directory.as_fd(), Features::OLDEST).expect("the ways of old kernels are there");
+    assert_eq!(oldest.features(), Features::OLDEST);
     assert_eq!(std::fs::read_dir(disk.path()).expect("it").count(), 0, "nothing is left");
+    assert_eq!(std::fs::read_link("/proc/thread-self/ns/mnt").expect("a namespace"), before);
 
+    // Where no kernel mounts a file.
     let memory = tmpfs(&Tmpfs { size_bytes: 1 << 20, uid: 0, gid: 0, mode: 0o755, attributes: INERT }).expect("a tmpfs");
     let memory = rustix::fs::openat(&memory, c".", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).expect("its root");
-    let missing = probe(memory.as_fd());
-    assert_eq!(missing.len(), 1);
-    assert_eq!(missing[0].feature, "file-backed erofs");
-    assert!(missing[0].reason.contains("--data") && !missing[0].reason.contains('\n'), "{missing:?}");
+    let features = Mounts::probe(memory.as_fd(), Features::NEWEST).expect("a loop device").features();
+    assert_eq!(features.layers, LayerSource::Loop);
 }
 
 /// Names the directory to probe, in a process of its own: [`probe_helper`] prints what is missing there.
@@ -297,10 +421,10 @@ const HELPER: &str = "FUNTAINER_TEST_PROBE";
 fn probe_helper() {
     let Ok(directory) = std::env::var(HELPER) else { return };
     let directory = File::open(directory).expect("the directory");
-    for missing in probe(directory.as_fd()) {
-        println!("missing {}: {}", missing.feature, missing.reason);
+    match Mounts::probe(directory.as_fd(), Features::NEWEST) {
+        Ok(mounts) => println!("probed {:?}", mounts.features()),
+        Err(missing) => println!("probed\nmissing {}: {}", missing.feature, missing.reason),
     }
-    println!("probed");
 }
 
 /// Probes under a shell command that ends in executing what follows it.
@@ -326,6 +450,8 @@ fn the_probe_tells_what_a_machine_forbids() {
     assert_eq!(probed("exec"), "");
     let covered = probed("mount -t tmpfs none /proc/irq; exec");
     assert!(covered.starts_with("missing mounts in a user namespace: parts of /proc or /sys are covered"), "{covered}");
+    let no_loops = probed("mount -t tmpfs none /dev; exec");
+    assert!(no_loops.is_empty() || no_loops.contains("modprobe loop"), "{no_loops}");
     let weak = probed("exec setpriv --bounding-set -sys_admin --inh-caps -sys_admin");
     assert!(weak.starts_with("missing ") && weak.contains("CAP_SYS_ADMIN"), "{weak}");
 }

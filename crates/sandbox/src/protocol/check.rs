@@ -1,7 +1,7 @@
 //! Bounds and forms of the messages' fields, the same for who sends and who receives.
 
 use super::{
-    CodecError, DESCRIPTORS_MAX, FILE_BYTES_MAX, FILES_MAX, GROUPS_MAX, IDS, InitStep, LAYERS_MAX, LISTENERS_MAX,
+    CodecError, DESCRIPTORS_MAX, ExecSpec, FILE_BYTES_MAX, FILES_MAX, GROUPS_MAX, IDS, InitStep, LAYERS_MAX, LISTENERS_MAX,
     PATH_BYTES_MAX, RevisionSpec, SocketCounts, TITLE_BYTES_MAX, VOLUMES_MAX,
 };
 
@@ -35,6 +35,33 @@ fn check_path(path: &[u8], what: &'static str) -> Result<(), CodecError> {
     if fine { Ok(()) } else { Err(CodecError::Value(what)) }
 }
 
+/// Command line and environment, as execve(2) takes them.
+fn check_command(argv: &[Vec<u8>], env: &[Vec<u8>]) -> Result<(), CodecError> {
+    if argv.first().is_none_or(Vec::is_empty) || argv.iter().any(|argument| argument.contains(&0)) {
+        return Err(CodecError::Value("arguments"));
+    }
+    let variable = |text: &Vec<u8>| !text.contains(&0) && text.iter().position(|byte| *byte == b'=').is_some_and(|at| at > 0);
+    if env.iter().all(variable) { Ok(()) } else { Err(CodecError::Value("environment")) }
+}
+
+/// Ids that an instance has.
+fn check_ids(uid: u32, gid: u32, groups: &[u32]) -> Result<(), CodecError> {
+    if uid >= IDS || gid >= IDS || groups.iter().any(|group| *group >= IDS) {
+        return Err(CodecError::Value("user or group id"));
+    }
+    Ok(())
+}
+
+impl ExecSpec {
+    /// Whether every field keeps its bounds.
+    pub fn check(&self) -> Result<(), CodecError> {
+        Bound { what: "groups", max: GROUPS_MAX }.check(self.groups.len())?;
+        check_command(&self.argv, &self.env)?;
+        check_path(&self.working_dir, "working directory")?;
+        check_ids(self.uid, self.gid, &self.groups)
+    }
+}
+
 impl RevisionSpec {
     /// Whether every field keeps its bounds.
     pub fn check(&self) -> Result<(), CodecError> {
@@ -42,18 +69,9 @@ impl RevisionSpec {
         Bound { what: "groups", max: GROUPS_MAX }.check(self.groups.len())?;
         Bound { what: "listeners", max: LISTENERS_MAX }.check(self.listeners.len())?;
         Bound { what: "files", max: FILES_MAX }.check(self.files.len())?;
-        if self.argv.first().is_none_or(Vec::is_empty) || self.argv.iter().any(|argument| argument.contains(&0)) {
-            return Err(CodecError::Value("arguments"));
-        }
-        let variable =
-            |text: &Vec<u8>| !text.contains(&0) && text.iter().position(|byte| *byte == b'=').is_some_and(|at| at > 0);
-        if !self.env.iter().all(variable) {
-            return Err(CodecError::Value("environment"));
-        }
+        check_command(&self.argv, &self.env)?;
         check_path(&self.working_dir, "working directory")?;
-        if self.uid >= IDS || self.gid >= IDS || self.groups.iter().any(|group| *group >= IDS) {
-            return Err(CodecError::Value("user or group id"));
-        }
+        check_ids(self.uid, self.gid, &self.groups)?;
         for file in &self.files {
             check_path(&file.path, "path")?;
             check_bytes(&file.content, FILE_BYTES_MAX, "file")?;
@@ -88,7 +106,7 @@ impl SocketCounts {
 
 impl InitStep {
     /// All of them, in order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Cgroup,
         Self::Mounts,
         Self::Files,
@@ -97,6 +115,8 @@ impl InitStep {
         Self::Privileges,
         Self::Seccomp,
         Self::Exec,
+        Self::Terminal,
+        Self::Enter,
     ];
 
     /// The step with this number.

@@ -9,15 +9,15 @@
 use std::net::Ipv4Addr;
 
 use funtainer_model::{
-    ByteSize, Cpus, Digest, EgressRule, InstanceId, Isolation, LayerId, Limits, Network, Protocol, RevisionId, StopSignal,
-    TmpfsMount,
+    ByteSize, Cpus, Digest, EgressRule, ExecId, InstanceId, Isolation, LayerId, Limits, Network, Protocol, RevisionId,
+    StopSignal, TmpfsMount,
 };
 
 use super::check::{Bound, check_bytes, check_text};
 use super::{
-    CodecError, DESCRIPTOR_BYTES_MAX, DESCRIPTORS_MAX, ExitRecord, FUNCTION_BYTES_MAX, FileSpec, GROUPS_MAX, InitMessage,
-    InitStep, LAYERS_MAX, LISTENERS_MAX, MAGIC, MESSAGE_BYTES_MAX, PATH_BYTES_MAX, Refusal, Reply, Request, RevisionSpec,
-    SocketCounts, Streams, TEXT_BYTES_MAX, TITLE_BYTES_MAX, VERSION,
+    CodecError, DESCRIPTOR_BYTES_MAX, DESCRIPTORS_MAX, ExecSpec, ExitRecord, FUNCTION_BYTES_MAX, FileSpec, GROUPS_MAX,
+    InitMessage, InitStep, LAYERS_MAX, LISTENERS_MAX, MAGIC, MESSAGE_BYTES_MAX, PATH_BYTES_MAX, Refusal, Reply, Request,
+    RevisionSpec, SocketCounts, Streams, TEXT_BYTES_MAX, TITLE_BYTES_MAX, VERSION, WindowSize,
 };
 
 /// Longest list of arguments, variables or files: what fits the message with four bytes of length each.
@@ -34,6 +34,8 @@ mod kind {
     pub(super) const LIST: u16 = 8;
     pub(super) const ACKNOWLEDGE_EXIT: u16 = 9;
     pub(super) const COMMIT_LAYER: u16 = 10;
+    pub(super) const EXEC: u16 = 11;
+    pub(super) const SIGNAL_EXEC: u16 = 12;
 
     pub(super) const WELCOME: u16 = 0x101;
     pub(super) const DONE: u16 = 0x102;
@@ -43,6 +45,7 @@ mod kind {
     pub(super) const EXITED: u16 = 0x106;
     pub(super) const REVISION_ENDED: u16 = 0x107;
     pub(super) const STOP: u16 = 0x108;
+    pub(super) const EXEC_ENDED: u16 = 0x109;
 }
 
 /// The request's number of a datagram whose header is ours, whatever follows: what a refusal of the rest is addressed to.
@@ -98,6 +101,15 @@ impl Request {
                 out.header(kind::COMMIT_LAYER, number);
                 out.layer(layer);
             }
+            Self::Exec { exec, instance, spec } => {
+                out.id(kind::EXEC, number, exec.to_bytes());
+                out.raw(&instance.to_bytes());
+                out.exec(spec);
+            }
+            Self::SignalExec { exec, signal } => {
+                out.id(kind::SIGNAL_EXEC, number, exec.to_bytes());
+                out.u8(signal.number());
+            }
         }
         out.finish()
     }
@@ -131,6 +143,17 @@ impl Request {
             kind::LIST => (Self::List, 0..=0),
             kind::ACKNOWLEDGE_EXIT => (Self::AcknowledgeExit { instance: input.instance()? }, 0..=0),
             kind::COMMIT_LAYER => (Self::CommitLayer { layer: input.layer()? }, 1..=1),
+            kind::EXEC => {
+                let exec = ExecId::from_bytes(input.array()?);
+                let instance = input.instance()?;
+                let spec = Box::new(input.exec()?);
+                let streams = if spec.terminal.is_some() { 1..=1 } else { 4..=4 };
+                (Self::Exec { exec, instance, spec }, streams)
+            }
+            kind::SIGNAL_EXEC => {
+                let exec = ExecId::from_bytes(input.array()?);
+                (Self::SignalExec { exec, signal: input.signal()? }, 0..=0)
+            }
             other => return Err(CodecError::Kind(other)),
         };
         input.end()?;
@@ -175,6 +198,10 @@ impl Reply {
                 out.id(kind::EXITED, number, instance.to_bytes());
                 out.exit(exit);
             }
+            Self::ExecEnded { exec, status } => {
+                out.id(kind::EXEC_ENDED, number, exec.to_bytes());
+                out.status(*status);
+            }
             Self::RevisionEnded { revision } => out.id(kind::REVISION_ENDED, number, revision.to_bytes()),
             Self::Stop { grace_ms } => {
                 out.header(kind::STOP, number);
@@ -192,17 +219,21 @@ impl Reply {
             kind::WELCOME => (Self::Welcome { data_id: input.text(TEXT_BYTES_MAX, "data id")? }, 0..=0),
             kind::DONE => (Self::Done, 0..=0),
             kind::REFUSED => (Self::Refused(input.refusal()?), 0..=0),
-            kind::STARTED => (Self::Started { pid: input.u32()? }, 1..=2),
+            kind::STARTED => (Self::Started { pid: input.u32()? }, 0..=2),
             kind::LISTED => {
                 let instance = input.instance()?;
                 let revision = RevisionId::from_bytes(input.array()?);
                 let pid = input.u32()?;
                 let descriptor = input.bytes(DESCRIPTOR_BYTES_MAX, "descriptor")?;
                 let exit = if input.flag()? { Some(input.exit()?) } else { None };
-                let allowed = if exit.is_some() { 0..=0 } else { 1..=2 };
+                let allowed = if exit.is_some() { 0..=0 } else { 0..=2 };
                 (Self::Listed { instance, revision, pid, descriptor, exit }, allowed)
             }
             kind::EXITED => (Self::Exited { instance: input.instance()?, exit: input.exit()? }, 0..=0),
+            kind::EXEC_ENDED => {
+                let exec = ExecId::from_bytes(input.array()?);
+                (Self::ExecEnded { exec, status: input.status()? }, 0..=0)
+            }
             kind::REVISION_ENDED => (Self::RevisionEnded { revision: RevisionId::from_bytes(input.array()?) }, 0..=0),
             kind::STOP => (Self::Stop { grace_ms: input.u32()? }, 0..=0),
             other => return Err(CodecError::Kind(other)),
@@ -230,6 +261,7 @@ impl InitMessage {
             Self::Listeners => (2, 0, 0, 0, 0),
             Self::Executed => (3, 0, 0, 0, 0),
             Self::ExecFailed { step, errno } => (4, step as u8, 0, 0, errno),
+            Self::Terminal => (5, 0, 0, 0, 0),
         };
         let mut bytes = [0; Self::BYTES];
         bytes[..2].copy_from_slice(&MAGIC.to_le_bytes());
@@ -255,11 +287,13 @@ impl InitMessage {
             2 => Self::Listeners,
             3 => Self::Executed,
             4 => Self::ExecFailed { step: InitStep::from_number(step).ok_or(CodecError::Value("step"))?, errno },
+            5 => Self::Terminal,
             other => return Err(CodecError::Kind(other.into())),
         };
         let fits = match message {
             Self::Sockets(_) => counts.total() == descriptors && descriptors <= DESCRIPTORS_MAX,
             Self::Listeners => (1..=LISTENERS_MAX).contains(&descriptors),
+            Self::Terminal => descriptors == 1,
             Self::Executed | Self::ExecFailed { .. } => descriptors == 0,
         };
         if !fits {
@@ -334,9 +368,13 @@ impl Writer {
         self.u8(layer.base.into());
     }
 
+    fn status(&mut self, status: Option<i32>) {
+        self.u8(status.is_some().into());
+        self.u32(status.unwrap_or(0).cast_unsigned());
+    }
+
     fn exit(&mut self, exit: &ExitRecord) {
-        self.u8(exit.status.is_some().into());
-        self.u32(exit.status.unwrap_or(0).cast_unsigned());
+        self.status(exit.status);
         self.u8(exit.out_of_memory.into());
         self.u64(exit.memory_peak);
         self.u64(exit.cpu_us);
@@ -363,6 +401,7 @@ impl Writer {
                 self.u8(6);
                 self.bytes(cut(text));
             }
+            Refusal::NoExec => self.u8(7),
         }
     }
 
@@ -383,10 +422,14 @@ impl Writer {
         self.limits(&spec.limits);
         self.isolation(&spec.isolation);
         self.list(&spec.volumes);
-        self.u8(match spec.streams {
-            Streams::Log => 0,
-            Streams::Call => 1,
-        });
+        match spec.streams {
+            Streams::Log => self.u8(0),
+            Streams::Call => self.u8(1),
+            Streams::Terminal(size) => {
+                self.u8(2);
+                self.size(size);
+            }
+        }
         self.length(spec.files.len());
         for file in &spec.files {
             self.bytes(&file.path);
@@ -400,6 +443,27 @@ impl Writer {
         self.raw(&[spec.sockets.v4, spec.sockets.v6]);
         self.u8(spec.stop_signal.number());
         self.bytes(spec.hostname.as_bytes());
+    }
+
+    fn size(&mut self, size: WindowSize) {
+        self.raw(&size.rows.to_le_bytes());
+        self.raw(&size.columns.to_le_bytes());
+    }
+
+    fn exec(&mut self, spec: &ExecSpec) {
+        self.list(&spec.argv);
+        self.list(&spec.env);
+        self.bytes(&spec.working_dir);
+        self.u32(spec.uid);
+        self.u32(spec.gid);
+        self.length(spec.groups.len());
+        for group in &spec.groups {
+            self.u32(*group);
+        }
+        self.u8(spec.terminal.is_some().into());
+        if let Some(size) = spec.terminal {
+            self.size(size);
+        }
     }
 
     fn limits(&mut self, limits: &Limits) {
@@ -563,18 +627,17 @@ impl<'a> Reader<'a> {
         self.u8()?.to_string().parse().map_err(|_| CodecError::Value("signal"))
     }
 
-    fn exit(&mut self) -> Result<ExitRecord, CodecError> {
+    fn status(&mut self) -> Result<Option<i32>, CodecError> {
         let known = self.flag()?;
         let status = self.i32()?;
         if !known && status != 0 {
             return Err(CodecError::Value("wait status"));
         }
-        Ok(ExitRecord {
-            status: known.then_some(status),
-            out_of_memory: self.flag()?,
-            memory_peak: self.u64()?,
-            cpu_us: self.u64()?,
-        })
+        Ok(known.then_some(status))
+    }
+
+    fn exit(&mut self) -> Result<ExitRecord, CodecError> {
+        Ok(ExitRecord { status: self.status()?, out_of_memory: self.flag()?, memory_peak: self.u64()?, cpu_us: self.u64()? })
     }
 
     fn refusal(&mut self) -> Result<Refusal, CodecError> {
@@ -585,6 +648,7 @@ impl<'a> Reader<'a> {
             4 => Refusal::NoLayer(self.layer()?),
             5 => Refusal::System { step: self.text(TEXT_BYTES_MAX, "text")?, errno: self.i32()? },
             6 => Refusal::Exhausted(self.text(TEXT_BYTES_MAX, "text")?),
+            7 => Refusal::NoExec,
             _ => return Err(CodecError::Value("refusal")),
         })
     }
@@ -605,7 +669,12 @@ impl<'a> Reader<'a> {
         let limits = self.limits()?;
         let isolation = self.isolation()?;
         let volumes = self.list("volumes")?;
-        let streams = if self.flag()? { Streams::Call } else { Streams::Log };
+        let streams = match self.u8()? {
+            0 => Streams::Log,
+            1 => Streams::Call,
+            2 => Streams::Terminal(self.size()?),
+            _ => return Err(CodecError::Value("streams")),
+        };
         let mut files = Vec::new();
         for _ in 0..self.length(Bound { what: "files", max: LIST_MAX })? {
             let path = self.bytes(MESSAGE_BYTES_MAX, "path")?;
@@ -638,6 +707,23 @@ impl<'a> Reader<'a> {
             stop_signal,
             hostname,
         })
+    }
+
+    fn size(&mut self) -> Result<WindowSize, CodecError> {
+        Ok(WindowSize { rows: self.u16()?, columns: self.u16()? })
+    }
+
+    fn exec(&mut self) -> Result<ExecSpec, CodecError> {
+        let argv = self.list("arguments")?;
+        let env = self.list("environment")?;
+        let working_dir = self.bytes(MESSAGE_BYTES_MAX, "working directory")?;
+        let (uid, gid) = (self.u32()?, self.u32()?);
+        let mut groups = Vec::new();
+        for _ in 0..self.length(Bound { what: "groups", max: GROUPS_MAX })? {
+            groups.push(self.u32()?);
+        }
+        let terminal = if self.flag()? { Some(self.size()?) } else { None };
+        Ok(ExecSpec { argv, env, working_dir, uid, gid, groups, terminal })
     }
 
     fn limits(&mut self) -> Result<Limits, CodecError> {
@@ -696,6 +782,7 @@ impl Request {
                 spec.check()
             }
             Self::Start { descriptor, .. } => check_bytes(descriptor, DESCRIPTOR_BYTES_MAX, "descriptor"),
+            Self::Exec { spec, .. } => spec.check(),
             _ => Ok(()),
         }
     }

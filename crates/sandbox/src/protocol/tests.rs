@@ -1,8 +1,8 @@
 //! Every message goes over the wire and back, and nothing else is taken.
 
 use funtainer_model::{
-    ByteSize, Cpus, Digest, EgressRule, InstanceId, Isolation, LayerId, Limits, Network, Protocol, RevisionId, StopSignal,
-    TmpfsMount,
+    ByteSize, Cpus, Digest, EgressRule, ExecId, InstanceId, Isolation, LayerId, Limits, Network, Protocol, RevisionId,
+    StopSignal, TmpfsMount,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -15,6 +15,32 @@ fn instance() -> impl Strategy<Value = InstanceId> {
 
 fn revision() -> impl Strategy<Value = RevisionId> {
     any::<[u8; 16]>().prop_map(RevisionId::from_bytes)
+}
+
+fn exec() -> impl Strategy<Value = ExecId> {
+    any::<[u8; 16]>().prop_map(ExecId::from_bytes)
+}
+
+fn size() -> impl Strategy<Value = WindowSize> {
+    any::<(u16, u16)>().prop_map(|(rows, columns)| WindowSize { rows, columns })
+}
+
+fn streams() -> impl Strategy<Value = Streams> {
+    prop_oneof![Just(Streams::Log), Just(Streams::Call), size().prop_map(Streams::Terminal)]
+}
+
+fn exec_spec() -> impl Strategy<Value = ExecSpec> {
+    let terminal = proptest::option::of(size());
+    (vec(vec(1_u8..=255, 1..40), 1..9), vec("[A-Z]{1,8}=[a-z=]{0,20}", 0..9), path(), vec(0..IDS, 2..GROUPS_MAX), terminal)
+        .prop_map(|(argv, env, working_dir, mut groups, terminal)| ExecSpec {
+            argv,
+            env: env.into_iter().map(String::into_bytes).collect(),
+            working_dir,
+            uid: groups.pop().unwrap(),
+            gid: groups.pop().unwrap(),
+            groups,
+            terminal,
+        })
 }
 
 fn layer() -> impl Strategy<Value = LayerId> {
@@ -70,12 +96,12 @@ fn spec() -> impl Strategy<Value = RevisionSpec> {
     let text = || vec(1_u8..=255, 1..40);
     let lists =
         (vec(layer(), 0..LAYERS_MAX), vec(text(), 1..9), vec("[A-Z]{1,8}=.{0,20}", 0..9), path(), vec(0..IDS, 0..GROUPS_MAX));
-    let numbers = (0..IDS, 0..IDS, any::<bool>(), vec(1_u16.., 0..=LISTENERS_MAX), 0_u8..=8, 0_u8..=8, signal());
+    let numbers = (0..IDS, 0..IDS, streams(), vec(1_u16.., 0..=LISTENERS_MAX), 0_u8..=8, 0_u8..=8, signal());
     let volumes = vec(path(), 0..=VOLUMES_MAX);
     let rest = ("[a-z]{0,63}", limits(), isolation(), volumes);
     (lists, numbers, vec(file(), 0..4), rest).prop_map(|(lists, numbers, files, (hostname, limits, isolation, volumes))| {
         let (layers, argv, env, working_dir, groups) = lists;
-        let (uid, gid, call, listeners, v4, v6, stop_signal) = numbers;
+        let (uid, gid, streams, listeners, v4, v6, stop_signal) = numbers;
         RevisionSpec {
             layers,
             argv,
@@ -87,7 +113,7 @@ fn spec() -> impl Strategy<Value = RevisionSpec> {
             limits,
             isolation,
             volumes,
-            streams: if call { Streams::Call } else { Streams::Log },
+            streams,
             files,
             listeners,
             sockets: SocketCounts { v4, v6 },
@@ -117,6 +143,12 @@ fn request() -> impl Strategy<Value = Request> {
         instance().prop_map(|instance| Request::MoreSockets { instance }),
         instance().prop_map(|instance| Request::AcknowledgeExit { instance }),
         layer().prop_map(|layer| Request::CommitLayer { layer }),
+        (exec(), instance(), exec_spec()).prop_map(|(exec, instance, spec)| Request::Exec {
+            exec,
+            instance,
+            spec: Box::new(spec)
+        }),
+        (exec(), signal()).prop_map(|(exec, signal)| Request::SignalExec { exec, signal }),
     ]
 }
 
@@ -125,6 +157,7 @@ fn refusal() -> impl Strategy<Value = Refusal> {
         "[a-z é]{0,100}".prop_map(Refusal::Malformed),
         Just(Refusal::NoZygote),
         Just(Refusal::NoInstance),
+        Just(Refusal::NoExec),
         layer().prop_map(Refusal::NoLayer),
         ("[a-z ]{0,100}", any::<i32>()).prop_map(|(step, errno)| Refusal::System { step, errno }),
         "[a-z ]{0,100}".prop_map(Refusal::Exhausted),
@@ -146,6 +179,7 @@ fn reply() -> impl Strategy<Value = Reply> {
                 exit
             }),
         (instance(), exit()).prop_map(|(instance, exit)| Reply::Exited { instance, exit }),
+        (exec(), any::<Option<i32>>()).prop_map(|(exec, status)| Reply::ExecEnded { exec, status }),
         revision().prop_map(|revision| Reply::RevisionEnded { revision }),
         any::<u32>().prop_map(|grace_ms| Reply::Stop { grace_ms }),
     ]
@@ -155,14 +189,15 @@ fn reply() -> impl Strategy<Value = Reply> {
 fn of_request(request: &Request) -> &'static [usize] {
     match request {
         Request::Start { .. } => &[1, 3],
-        Request::MoreSockets { .. } | Request::CommitLayer { .. } => &[1],
+        Request::Exec { spec, .. } if spec.terminal.is_none() => &[4],
+        Request::Exec { .. } | Request::MoreSockets { .. } | Request::CommitLayer { .. } => &[1],
         _ => &[0],
     }
 }
 
 fn of_reply(reply: &Reply) -> &'static [usize] {
     match reply {
-        Reply::Started { .. } | Reply::Listed { exit: None, .. } => &[1, 2],
+        Reply::Started { .. } | Reply::Listed { exit: None, .. } => &[0, 1, 2],
         _ => &[0],
     }
 }
@@ -208,7 +243,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_decoded_is_what_would_be_encoded(bytes in vec(any::<u8>(), 0..200), kind in 0_u16..12, reply in any::<bool>()) {
+    fn what_is_decoded_is_what_would_be_encoded(bytes in vec(any::<u8>(), 0..200), kind in 0_u16..14, reply in any::<bool>()) {
         let mut datagram = Vec::new();
         datagram.extend(MAGIC.to_le_bytes());
         datagram.extend(VERSION.to_le_bytes());
@@ -228,12 +263,13 @@ proptest! {
     }
 
     #[test]
-    fn init_messages_round_trip(v4 in 0_u8..=8, v6 in 0_u8..=8, step in 1_u8..=8, errno in any::<i32>(), bytes in any::<[u8; 16]>()) {
+    fn init_messages_round_trip(v4 in 0_u8..=8, v6 in 0_u8..=8, step in 1_u8..=10, errno in any::<i32>(), bytes in any::<[u8; 16]>()) {
         let counts = SocketCounts { v4, v6 };
         let step = InitStep::from_number(step).unwrap();
         for (message, descriptors) in [
             (InitMessage::Sockets(counts), counts.total()),
             (InitMessage::Listeners, 1),
+            (InitMessage::Terminal, 1),
             (InitMessage::Executed, 0),
             (InitMessage::ExecFailed { step, errno }, 0),
         ] {
@@ -304,4 +340,36 @@ fn a_specification_with_a_wrong_field_is_refused() {
     }
     let large = FileSpec { content: vec![0; FILE_BYTES_MAX + 1], ..file("/a") };
     assert!(RevisionSpec { files: vec![large], ..good }.check().is_err());
+}
+
+#[test]
+fn a_command_with_a_wrong_field_is_refused() {
+    let good = ExecSpec {
+        argv: vec![b"true".to_vec()],
+        env: Vec::new(),
+        working_dir: b"/".to_vec(),
+        uid: 0,
+        gid: 0,
+        groups: Vec::new(),
+        terminal: None,
+    };
+    good.check().unwrap();
+    let check = |change: fn(&mut ExecSpec)| {
+        let mut spec = good.clone();
+        change(&mut spec);
+        assert!(spec.check().is_err(), "{spec:?}");
+    };
+    check(|spec| spec.argv.clear());
+    check(|spec| spec.argv = vec![b"a".to_vec(), b"b\0".to_vec()]);
+    check(|spec| spec.env = vec![b"A\0=".to_vec()]);
+    check(|spec| spec.working_dir = Vec::new());
+    check(|spec| spec.working_dir = b"/a/..".to_vec());
+    check(|spec| spec.working_dir = vec![b'/'; PATH_BYTES_MAX + 1]);
+    check(|spec| spec.uid = IDS);
+    check(|spec| spec.gid = u32::MAX);
+    check(|spec| spec.groups = vec![0; GROUPS_MAX + 1]);
+    let (exec, instance) = (ExecId::from_bytes([1; 16]), InstanceId::from_bytes([2; 16]));
+    let huge = ExecSpec { argv: vec![vec![b'x'; MESSAGE_BYTES_MAX]], ..good };
+    let huge = Request::Exec { exec, instance, spec: Box::new(huge) };
+    assert_eq!(huge.encode(1), Err(CodecError::Bound { what: "message", max: MESSAGE_BYTES_MAX }));
 }

@@ -7,6 +7,8 @@ const UID_FILE: &str = "/etc/subuid";
 const GID_FILE: &str = "/etc/subgid";
 /// Most lines of the user that are used: an id map of the kernel has at most 340 (user_namespaces(7)), of which one is for the user's own id.
 const RANGES_MAX: usize = 339;
+/// From here on a namespace has all ids that anybody uses: the first one has 4,294,967,295.
+const EVERYTHING: u32 = 0xFFFF_0000;
 /// Fewest ids of use: one for the daemon, two for functions.
 const IDS_MIN: u32 = 3;
 
@@ -36,6 +38,17 @@ pub(super) enum NoIds {
 struct Range {
     start: u32,
     count: u32,
+}
+
+/// What a user namespace has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Mapped {
+    /// Every id: it is the first namespace, or as good.
+    Everything,
+    /// Root and these.
+    Some(Subordinate),
+    /// Root, and too few others to be of use.
+    RootAlone,
 }
 
 /// As many user ids as group ids.
@@ -71,6 +84,24 @@ impl Subordinate {
         cut(&mut uids, count);
         cut(&mut gids, count);
         Ok(Self { own: (uid, gid), uids, gids })
+    }
+
+    /// What the maps of this process's own namespace give to it (user_namespaces(7), `/proc/self/uid_map`): the ids from 1 on, up to the first that
+    /// is not there.
+    pub(super) fn from_maps(uids: &str, gids: &str) -> Mapped {
+        let (Some((uid, mut uids)), Some((gid, mut gids))) = (consecutive(uids), consecutive(gids)) else {
+            return Mapped::RootAlone;
+        };
+        let count = total(&uids).min(total(&gids));
+        if count >= EVERYTHING {
+            return Mapped::Everything;
+        }
+        if count < IDS_MIN {
+            return Mapped::RootAlone;
+        }
+        cut(&mut uids, count);
+        cut(&mut gids, count);
+        Mapped::Some(Self { own: (uid, gid), uids, gids })
     }
 
     /// How many there are of either kind.
@@ -131,6 +162,30 @@ fn ranges(text: &str, names: &[&str], uid: u32, own: u32) -> Vec<Range> {
         found.push(Range { start, count });
     }
     found
+}
+
+/// What 0 is outside, and what 1 and up are.
+fn consecutive(map: &str) -> Option<(u32, Vec<Range>)> {
+    let mut lines: Vec<[u32; 3]> = Vec::new();
+    for line in map.lines() {
+        let mut numbers = line.split_ascii_whitespace().map_while(|number| number.parse().ok());
+        lines.push([numbers.next()?, numbers.next()?, numbers.next()?]);
+    }
+    lines.sort_unstable();
+    let mut next = 0;
+    let mut ranges = Vec::new();
+    for [inside, start, count] in lines {
+        if inside != next || count == 0 {
+            break;
+        }
+        ranges.push(Range { start, count });
+        next = inside.saturating_add(count);
+    }
+    let first = ranges.first_mut()?;
+    let own = first.start;
+    (first.start, first.count) = (first.start.saturating_add(1), first.count - 1);
+    ranges.retain(|range| range.count > 0);
+    Some((own, ranges))
 }
 
 fn total(ranges: &[Range]) -> u32 {
@@ -204,6 +259,30 @@ mod tests {
         ];
         let ids = find(&lines.join("\n"), "ada:100000:65536").unwrap();
         assert_eq!(ids.uid_map(), [[0, 1000, 1], [1, 100_000, 50], [51, 200_000, 7]]);
+    }
+
+    #[test]
+    fn maps_of_the_kernel_are_read_back() {
+        let ids = find("ada:100000:65536\nada:300000:10", "ada:200000:65600").unwrap();
+        let text = |map: Vec<[u32; 3]>| {
+            let lines: Vec<String> =
+                map.iter().map(|[inside, outside, count]| format!("{inside:10} {outside:10} {count:10}\n")).collect();
+            lines.concat()
+        };
+        assert_eq!(Subordinate::from_maps(&text(ids.uid_map()), &text(ids.gid_map())), Mapped::Some(ids.clone()));
+        let first = "         0          0 4294967295\n";
+        assert_eq!(Subordinate::from_maps(first, first), Mapped::Everything);
+        let single = "         0       1000          1\n";
+        assert_eq!(Subordinate::from_maps(single, single), Mapped::RootAlone);
+        assert_eq!(Subordinate::from_maps("", ""), Mapped::RootAlone);
+        // As a container of an ordinary user has it: root is part of the range.
+        let container = "0 100000 65536\n";
+        let Mapped::Some(ids) = Subordinate::from_maps(container, container) else { panic!("ids") };
+        assert_eq!((ids.count(), ids.host(0)), (65_535, (100_001, 100_001)));
+        // A gap ends it.
+        let gap = "0 1000 1\n1 100000 50\n60 200000 1000\n";
+        let Mapped::Some(ids) = Subordinate::from_maps(gap, gap) else { panic!("ids") };
+        assert_eq!(ids.count(), 50);
     }
 
     #[test]

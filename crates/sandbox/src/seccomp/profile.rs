@@ -1,9 +1,10 @@
 //! The profile of system calls, as data.
 //!
-//! Source: the default profile of moby (`profiles/seccomp/default.json`) as it applies to a container with our capabilities on a kernel
-//! since 4.8, that is with its rules for `ptrace` and without those that need capabilities which no container of ours has. Ours differs in
-//! being stricter: no `io_uring`, socket families as a list of those allowed, no `ioctl` that feeds or reconfigures a terminal, no
-//! `chroot`; no 32-bit calls at all. And in what is not named: `ENOSYS` where Docker has `EPERM` for numbers below its newest one.
+//! Source: the default profile of moby (module `github.com/moby/profiles/seccomp`, v0.3.0) as it applies to a container with our
+//! capabilities on a kernel since 4.8, that is with its rules for `ptrace` and without those that need capabilities which no container of
+//! ours has. Ours differs in being stricter: four socket families only, no `ioctl` that feeds or reconfigures a terminal, no 32-bit calls at
+//! all. And in what is not named: `ENOSYS` where Docker has `EPERM` for numbers below its newest one. The test `reference` compares the two,
+//! number by number.
 
 /// A system call: its name and its number on this architecture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +36,13 @@ pub enum Test {
     OneOf(&'static [u32]),
     /// It is none of these values.
     NoneOf(&'static [u32]),
+    /// Of the bits in `mask`, those in `value` are set and the others are not.
+    Masked {
+        /// What is looked at.
+        mask: u32,
+        /// What must stand there.
+        value: u32,
+    },
 }
 
 impl Test {
@@ -44,6 +52,7 @@ impl Test {
             Self::AllClear(mask) => argument & mask == 0,
             Self::OneOf(values) => values.contains(&argument),
             Self::NoneOf(values) => !values.contains(&argument),
+            Self::Masked { mask, value } => argument & mask == value,
         }
     }
 }
@@ -63,7 +72,7 @@ pub struct Profile {
 macro_rules! named {
     ($name:ident) => {
         // The prefix `SYS_` of the constant is no part of the name.
-        Named { name: stringify!($name).split_at(4).1, number: number::$name as u32 }
+        $crate::seccomp::Named { name: stringify!($name).split_at(4).1, number: $crate::seccomp::profile::number::$name as u32 }
     };
 }
 
@@ -90,7 +99,7 @@ pub const DEFAULT: Profile = Profile {
 
 /// Flags of `clone` that make namespaces: a user namespace would bring back every capability. `clone3` passes its flags in memory, where
 /// a filter cannot look, so it is absent.
-const NAMESPACES: u32 = (libc::CLONE_NEWNS
+pub(super) const NAMESPACES: u32 = (libc::CLONE_NEWNS
     | libc::CLONE_NEWCGROUP
     | libc::CLONE_NEWUTS
     | libc::CLONE_NEWIPC
@@ -100,7 +109,8 @@ const NAMESPACES: u32 = (libc::CLONE_NEWNS
 
 /// Socket families that programs need. Not among them: `AF_ALG`, `AF_VSOCK`, `AF_PACKET`, `AF_XDP`, and some forty more, each a kernel
 /// module that could be loaded by asking for it.
-const FAMILIES: [u32; 4] = [libc::AF_UNIX as u32, libc::AF_INET as u32, libc::AF_INET6 as u32, libc::AF_NETLINK as u32];
+pub(super) const FAMILIES: [u32; 4] =
+    [libc::AF_UNIX as u32, libc::AF_INET as u32, libc::AF_INET6 as u32, libc::AF_NETLINK as u32];
 
 /// Types a character into a terminal's input.
 const TIOCSTI: u32 = 0x5412;
@@ -118,15 +128,21 @@ const UNAME26: u32 = 0x2_0000;
 
 /// Numbers that the `libc` crate does not have yet; from 424 on they are the same on every architecture.
 #[expect(non_upper_case_globals, reason = "the names are those of the crate libc")]
-mod number {
-    pub(super) use libc::*;
+pub(super) mod number {
+    pub(in crate::seccomp) use libc::*;
 
     macro_rules! numbers {
-        ($($name:ident = $number:literal),* $(,)?) => { $(pub(super) const $name: c_long = $number;)* };
+        ($($name:ident = $number:literal),* $(,)?) => { $(pub(in crate::seccomp) const $name: c_long = $number;)* };
     }
 
     #[cfg(target_arch = "x86_64")]
-    numbers!(SYS_io_pgetevents = 333, SYS_create_module = 174, SYS_get_kernel_syms = 177, SYS_query_module = 178);
+    numbers!(
+        SYS_create_module = 174,
+        SYS_get_kernel_syms = 177,
+        SYS_io_pgetevents = 333,
+        SYS_query_module = 178,
+        SYS_uretprobe = 335,
+    );
     #[cfg(target_arch = "aarch64")]
     numbers!(
         SYS_io_pgetevents = 292,
@@ -142,6 +158,8 @@ mod number {
         SYS_futex_wake = 454,
         SYS_futex_wait = 455,
         SYS_futex_requeue = 456,
+        SYS_statmount = 457,
+        SYS_listmount = 458,
         SYS_setxattrat = 463,
         SYS_getxattrat = 464,
         SYS_listxattrat = 465,
@@ -250,6 +268,7 @@ const ALLOWED: &[Named] = calls![
     SYS_lgetxattr,
     SYS_linkat,
     SYS_listen,
+    SYS_listmount,
     SYS_listxattr,
     SYS_listxattrat,
     SYS_llistxattr,
@@ -379,6 +398,7 @@ const ALLOWED: &[Named] = calls![
     SYS_signalfd4,
     SYS_splice,
     SYS_statfs,
+    SYS_statmount,
     SYS_statx,
     SYS_symlinkat,
     SYS_sync,
@@ -453,6 +473,7 @@ const ALLOWED_HERE: &[Named] = calls![
     SYS_sync_file_range,
     SYS_time,
     SYS_unlink,
+    SYS_uretprobe,
     SYS_utime,
     SYS_utimes,
     SYS_vfork,

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use libc::{BPF_ABS, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
+use libc::{
+    BPF_ABS, BPF_ALU, BPF_AND, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter,
+};
 
 use super::profile::{Check, Profile, Test};
 use super::{ABSENT, ARCHITECTURE, DENIED, Verdict};
@@ -104,6 +106,9 @@ fn argument(check: Check) -> Vec<sock_filter> {
     let mut code = vec![load(ARGUMENTS + 8 * u32::from(check.argument))];
     match check.test {
         Test::AllClear(mask) => code.push(jump(BPF_JSET, mask, 1, 0)),
+        Test::Masked { mask, value } => {
+            code.extend([instruction(BPF_ALU | BPF_AND | BPF_K, mask, 0, 0), jump(BPF_JEQ, value, 0, 1)]);
+        }
         Test::OneOf(values) => {
             // From value i: over those that follow it, to "allowed"; after the last one falls to "denied".
             assert!(!values.is_empty() && values.len() < JUMP_MAX, "a check needs values, fewer than {JUMP_MAX}");

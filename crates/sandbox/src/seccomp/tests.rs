@@ -1,54 +1,22 @@
 //! The program is run by an interpreter of our own for every number, and installed in a child that makes real calls.
 
+mod interpreter;
+#[cfg(target_arch = "x86_64")]
+mod reference;
+
 use std::collections::BTreeMap;
 
-use libc::{BPF_ABS, BPF_JA, BPF_JEQ, BPF_JGE, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, sock_filter};
 use rustix::io::Errno;
+
+use interpreter::{data, interpret};
 
 use super::*;
 use crate::step::{StepError, checked};
 use crate::testing::{Child, ensure, refused, run};
 use crate::userns;
 
-/// `struct seccomp_data` as words of 32 bits, little endian: number, architecture, instruction pointer, arguments.
-fn data(architecture: u32, number: u32, arguments: [u64; 6]) -> [u32; 16] {
-    let mut words = [0; 16];
-    words[0] = number;
-    words[1] = architecture;
-    words[2] = 0xDEAD_BEEF;
-    for (index, argument) in arguments.into_iter().enumerate() {
-        words[4 + 2 * index] = argument as u32;
-        words[5 + 2 * index] = (argument >> 32) as u32;
-    }
-    words
-}
-
-/// Runs a program as the kernel does. Returns its value and how many instructions it took. Panics at what the kernel would refuse to load.
-fn interpret(program: &[sock_filter], data: &[u32; 16]) -> (u32, usize) {
-    let mut accumulator = 0_u32;
-    let mut place = 0;
-    for steps in 1..=program.len() {
-        let sock_filter { code, jt, jf, k } = program[place];
-        place += 1;
-        let branch = |holds: bool| usize::from(if holds { jt } else { jf });
-        match u32::from(code) {
-            code if code == BPF_LD | BPF_W | BPF_ABS => {
-                assert!(k % 4 == 0, "loads are of whole words");
-                accumulator = data[k as usize / 4];
-            }
-            code if code == BPF_RET | BPF_K => return (k, steps),
-            code if code == BPF_JMP | BPF_JA => place += k as usize,
-            code if code == BPF_JMP | BPF_JEQ | BPF_K => place += branch(accumulator == k),
-            code if code == BPF_JMP | BPF_JGE | BPF_K => place += branch(accumulator >= k),
-            code if code == BPF_JMP | BPF_JSET | BPF_K => place += branch(accumulator & k != 0),
-            code => panic!("instruction {code:#x} is not one of ours"),
-        }
-    }
-    panic!("the program does not end");
-}
-
 fn verdict(filter: &Filter, number: u32, arguments: [u64; 6]) -> u32 {
-    interpret(filter.instructions(), &data(ARCHITECTURE, number, arguments)).0
+    interpret(filter.instructions(), &data(ARCHITECTURE, number, arguments)).value
 }
 
 /// The table of a profile, made in the plainest way.
@@ -70,6 +38,7 @@ fn hostile(test: Test) -> Vec<u64> {
     let named: Vec<u32> = match test {
         Test::AllClear(mask) => vec![mask],
         Test::OneOf(values) | Test::NoneOf(values) => values.to_vec(),
+        Test::Masked { mask, value } => vec![mask, value],
     };
     let bits = (0..32).map(|bit| 1_u32 << bit);
     let low: Vec<u32> = named
@@ -85,8 +54,14 @@ fn hostile(test: Test) -> Vec<u64> {
 
 #[test]
 fn every_number_gets_what_the_table_says() {
-    let filter = Filter::compile(&DEFAULT);
-    let (said, checks) = table(&DEFAULT);
+    for profile in [&DEFAULT, &DAEMON] {
+        check_table(profile);
+    }
+}
+
+fn check_table(profile: &Profile) {
+    let filter = Filter::compile(profile);
+    let (said, checks) = table(profile);
     let others = [1 << 16, 0x3FFF_FFFF, u32::MAX];
     for number in (0..1024).chain(others) {
         if let Some(check) = checks.get(&number) {
@@ -118,7 +93,7 @@ fn foreign_numbers_and_architectures_are_killed() {
     for architecture in architectures.into_iter().filter(|architecture| *architecture != ARCHITECTURE) {
         for number in (0..1024).chain([u32::MAX]) {
             assert_eq!(
-                interpret(filter.instructions(), &data(architecture, number, [0; 6])).0,
+                interpret(filter.instructions(), &data(architecture, number, [0; 6])).value,
                 kill,
                 "{architecture:#x} {number}"
             );
@@ -199,10 +174,62 @@ fn what_must_be_closed_is_closed() {
     assert_eq!(verdict(&filter, libc::SYS_ioctl as u32, [0, hidden, 0, 0, 0, 0]), denied);
 }
 
+/// What a daemon that was taken over would want first.
+#[test]
+fn the_daemon_cannot_do_what_it_has_no_use_for() {
+    let (said, checks) = table(&DAEMON);
+    // Nothing that an image may not do, and less.
+    let (inside, _) = table(&DEFAULT);
+    for (number, verdict) in &said {
+        assert!(inside.get(number) == Some(&Verdict::Allow) && *verdict == Verdict::Allow, "number {number}");
+    }
+    let absent = [
+        libc::SYS_execve,
+        libc::SYS_execveat,
+        libc::SYS_clone3,
+        libc::SYS_ptrace,
+        libc::SYS_process_vm_readv,
+        libc::SYS_process_vm_writev,
+        libc::SYS_kill,
+        libc::SYS_pidfd_open,
+        libc::SYS_pidfd_send_signal,
+        libc::SYS_setresuid,
+        libc::SYS_setgroups,
+        libc::SYS_capset,
+        libc::SYS_mknodat,
+        libc::SYS_personality,
+        libc::SYS_shmget,
+        libc::SYS_msgget,
+        libc::SYS_mq_open,
+        libc::SYS_io_setup,
+        libc::SYS_inotify_init1,
+        libc::SYS_prlimit64,
+    ];
+    for number in absent {
+        let number = number as u32;
+        assert!(!said.contains_key(&number) || checks.contains_key(&number), "number {number}");
+    }
+    let filter = Filter::compile(&DAEMON);
+    let denied = |number: libc::c_long, arguments: [u64; 6]| {
+        assert_eq!(verdict(&filter, number as u32, arguments), DENIED.code(), "{number} {arguments:x?}");
+    };
+    // A process, namespaces with and without a thread.
+    denied(libc::SYS_clone, [libc::SIGCHLD as u64, 0, 0, 0, 0, 0]);
+    denied(libc::SYS_clone, [libc::CLONE_NEWUSER as u64, 0, 0, 0, 0, 0]);
+    denied(libc::SYS_clone, [(libc::CLONE_THREAD | libc::CLONE_NEWNET) as u64, 0, 0, 0, 0, 0]);
+    // Memory that can be executed.
+    for protection in [libc::PROT_EXEC, libc::PROT_EXEC | libc::PROT_READ | libc::PROT_WRITE] {
+        denied(libc::SYS_mmap, [0, 4096, protection as u64, 0, 0, 0]);
+        denied(libc::SYS_mprotect, [0, 4096, protection as u64, 0, 0, 0]);
+    }
+    denied(libc::SYS_prctl, [libc::PR_SET_DUMPABLE as u64, 1, 0, 0, 0, 0]);
+    denied(libc::SYS_socket, [libc::AF_NETLINK as u64, libc::SOCK_RAW as u64, 0, 0, 0, 0]);
+}
+
 #[test]
 fn the_path_to_every_verdict_is_short() {
     let filter = Filter::compile(&DEFAULT);
-    let longest = (0..1024).map(|number| interpret(filter.instructions(), &data(ARCHITECTURE, number, [0; 6])).1).max();
+    let longest = (0..1024).map(|number| interpret(filter.instructions(), &data(ARCHITECTURE, number, [0; 6])).steps).max();
     // log2 of the ranges, the head and the longest check; a chain over all numbers would take hundreds.
     assert!(longest <= Some(20), "{longest:?} instructions");
     assert!(filter.instructions().len() < 300, "{} instructions", filter.instructions().len());

@@ -12,10 +12,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use funtainer_model::{ByteSize, Digest, InstanceId, Isolation, LayerId, Limits, RevisionId, StopSignal};
+use funtainer_model::{ByteSize, Digest, ExecId, InstanceId, Isolation, LayerId, Limits, RevisionId, StopSignal};
 use funtainer_sandbox::fds;
+use funtainer_sandbox::mount::{Features, Mounts};
 use funtainer_sandbox::protocol::{
-    ExitRecord, InitMessage, MESSAGE_BYTES_MAX, Refusal, Reply, Request, RevisionSpec, SocketCounts, Streams,
+    ExecSpec, ExitRecord, InitMessage, MESSAGE_BYTES_MAX, Refusal, Reply, Request, RevisionSpec, SocketCounts, Streams,
+    WindowSize,
 };
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{RecvFlags, SendFlags};
@@ -258,8 +260,7 @@ impl Client {
     /// Starts an instance whose streams are the log.
     pub fn start(&mut self, revision: RevisionId, instance: InstanceId) -> Result<Started, Refusal> {
         let (ours, theirs) = fds::pair().unwrap();
-        let request = Request::Start { instance, revision, descriptor: b"opaque".to_vec() };
-        let (reply, mut descriptors) = self.ask_with(&request, &[theirs.as_fd()]);
+        let (reply, mut descriptors) = self.ask_with(&start_request(revision, instance), &[theirs.as_fd()]);
         match reply {
             Reply::Started { pid } => {
                 assert_eq!(descriptors.len(), 2);
@@ -269,6 +270,35 @@ impl Client {
             Reply::Refused(refusal) => Err(refusal),
             other => panic!("{other:?}"),
         }
+    }
+
+    /// Asks for a command in an instance.
+    pub fn exec(&mut self, instance: InstanceId, exec: ExecId, spec: ExecSpec) -> Result<Exec, Refusal> {
+        let (pair, theirs) = fds::pair().unwrap();
+        let pipe = || pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let [(stdin_read, stdin), (stdout, stdout_write), (stderr, stderr_write)] = [pipe(), pipe(), pipe()];
+        let all = [theirs.as_fd(), stdin_read.as_fd(), stdout_write.as_fd(), stderr_write.as_fd()];
+        let streams = spec.terminal.is_none().then_some([stdin, stdout, stderr]);
+        let sent = if streams.is_some() { &all[..] } else { &all[..1] };
+        match self.ask_with(&Request::Exec { exec, instance, spec: Box::new(spec) }, sent).0 {
+            Reply::Done => Ok(Exec { id: exec, pair, streams }),
+            Reply::Refused(refusal) => Err(refusal),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Waits for the end of a command.
+    pub fn end_of_exec(&mut self, id: ExecId) -> Option<i32> {
+        let mut others = VecDeque::new();
+        let status = loop {
+            match self.event() {
+                Reply::ExecEnded { exec, status } if exec == id => break status,
+                other => others.push_back(other),
+            }
+        };
+        others.append(&mut self.events);
+        self.events = others;
+        status
     }
 
     /// Starts an instance whose streams are a call's.
@@ -286,6 +316,40 @@ impl Client {
             Reply::Refused(refusal) => Err(refusal),
             other => panic!("{other:?}"),
         }
+    }
+}
+
+/// A command in an instance.
+pub struct Exec {
+    pub id: ExecId,
+    pub pair: OwnedFd,
+    /// Standard input, output and error; none with a terminal.
+    pub streams: Option<[OwnedFd; 3]>,
+}
+
+impl Exec {
+    /// Its terminal, if it says one, and how its exec went: `None` when the program runs.
+    pub fn begun(&self) -> (Option<OwnedFd>, Option<InitMessage>) {
+        let mut terminal = None;
+        while let Some((bytes, mut descriptors)) = receive(self.pair.as_fd()) {
+            match InitMessage::from_bytes(&bytes, descriptors.len()).unwrap() {
+                InitMessage::Terminal => terminal = descriptors.pop(),
+                other => return (terminal, Some(other)),
+            }
+        }
+        (terminal, None)
+    }
+
+    /// All that it writes to standard output and to standard error.
+    pub fn output(&mut self) -> (String, String) {
+        let [stdin, stdout, stderr] = self.streams.take().unwrap();
+        drop(stdin);
+        let text = |fd: OwnedFd| {
+            let mut text = Vec::new();
+            fs::File::from(fd).read_to_end(&mut text).unwrap();
+            String::from_utf8_lossy(&text).into_owned()
+        };
+        (text(stdout), text(stderr))
     }
 }
 
@@ -366,6 +430,33 @@ pub fn instance(number: u128) -> InstanceId {
     InstanceId::from_bytes(number.to_be_bytes())
 }
 
+pub fn exec(number: u128) -> ExecId {
+    ExecId::from_bytes(number.to_be_bytes())
+}
+
+/// The request for a start whose streams are not a call's.
+pub fn start_request(revision: RevisionId, instance: InstanceId) -> Request {
+    Request::Start { instance, revision, descriptor: b"opaque".to_vec() }
+}
+
+/// A command of root without a terminal.
+pub fn command(argv: &[&str]) -> ExecSpec {
+    ExecSpec {
+        argv: argv.iter().map(|argument| argument.as_bytes().to_vec()).collect(),
+        env: vec![b"PATH=/bin".to_vec()],
+        working_dir: b"/".to_vec(),
+        uid: 0,
+        gid: 0,
+        groups: Vec::new(),
+        terminal: None,
+    }
+}
+
+/// A script with a terminal.
+pub fn on_terminal(script: &str, rows: u16, columns: u16) -> ExecSpec {
+    ExecSpec { terminal: Some(WindowSize { rows, columns }), ..command(&["sh", "-c", script]) }
+}
+
 pub fn revision(number: u128) -> RevisionId {
     RevisionId::from_bytes(number.to_be_bytes())
 }
@@ -415,9 +506,10 @@ pub fn busybox_image() -> &'static Path {
             fs::create_dir(root.join(directory)).unwrap();
         }
         fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
-        for applet in
-            ["sh", "cat", "sleep", "id", "echo", "ls", "mkdir", "mount", "ps", "true", "false", "kill", "nc", "wc", "dd"]
-        {
+        for applet in [
+            "sh", "cat", "sleep", "id", "echo", "ls", "mkdir", "mount", "ps", "true", "false", "kill", "nc", "wc", "dd", "env",
+            "pwd", "readlink", "stty", "tty",
+        ] {
             std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
         fs::write(root.join("bin/plain"), "not executable").unwrap();
@@ -458,4 +550,49 @@ pub fn cgroups(id: &str) -> Vec<PathBuf> {
 /// How many directories lie in one.
 pub fn directories(path: &Path) -> usize {
     fs::read_dir(path).unwrap().filter(|entry| entry.as_ref().unwrap().file_type().unwrap().is_dir()).count()
+}
+
+/// The only child of the keeper that is called a zygote.
+pub fn zygote_of(server: &Server) -> i32 {
+    children(server.pid()).into_iter().find(|pid| title(*pid).starts_with("funtainer zygote")).unwrap()
+}
+
+fn children(pid: i32) -> Vec<i32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
+fn title(pid: i32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default()
+}
+
+/// What could leak, as numbers: descriptors of keeper and zygote, its children, mounts it sees, control groups of the keeper.
+pub fn traces(server: &Server, zygote: i32) -> Vec<usize> {
+    let count = |path: String| fs::read_dir(path).unwrap().count();
+    let id = fs::read_to_string(server.data.join("id")).unwrap();
+    let mut traces = vec![
+        count(format!("/proc/{}/fd", server.pid())),
+        count(format!("/proc/{zygote}/fd")),
+        children(zygote).len(),
+        fs::read_to_string(format!("/proc/{zygote}/mountinfo")).unwrap().lines().count(),
+    ];
+    traces.extend(cgroups(&id).iter().map(|path| directories(path)));
+    traces
+}
+
+/// Makes `keeper_host` mount in the ways of the oldest kernels.
+const OLDEST: &str = "KEEPER_HOST_OLDEST";
+
+/// Runs the tests of this program again, those whose names contain one of `names` (none: all), with a keeper that mounts in the ways of the
+/// oldest kernels. `caller` is the test that calls this. Nothing where the kernel has no other ways.
+pub fn again_in_the_oldest_ways(caller: &str, names: &[&str]) {
+    let store = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let store = fs::File::open(store.path()).unwrap();
+    if Mounts::probe(store.as_fd(), Features::NEWEST).unwrap().features() == Features::OLDEST {
+        return;
+    }
+    let again =
+        Command::new(std::env::current_exe().unwrap()).args(["--skip", caller]).args(names).env(OLDEST, "1").output().unwrap();
+    let text = String::from_utf8_lossy(&again.stdout);
+    assert!(again.status.success() && !text.contains("running 0 tests"), "{text}{}", String::from_utf8_lossy(&again.stderr));
 }
