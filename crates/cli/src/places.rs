@@ -21,7 +21,10 @@ const TEMPORARY: &str = "/tmp";
 
 /// What this process is told about its user.
 struct User {
+    /// As this process sees it: files of the user have it.
     id: Uid,
+    /// As the machine sees it. The server of an ordinary user is root of a user namespace by the time it looks.
+    outer: u32,
     /// `XDG_RUNTIME_DIR`.
     runtime: Option<PathBuf>,
     /// `XDG_DATA_HOME`.
@@ -33,20 +36,20 @@ struct User {
 /// The admin socket for a server that this user starts.
 pub(crate) fn admin() -> anyhow::Result<PathBuf> {
     let user = User::own();
-    if user.id.is_root() { Ok(ADMIN_OF_ROOT.into()) } else { Ok(user.runtime_directory()?.join(ADMIN_NAME)) }
+    if user.is_root() { Ok(ADMIN_OF_ROOT.into()) } else { Ok(user.runtime_directory()?.join(ADMIN_NAME)) }
 }
 
 /// The data directory for a server that this user starts.
 pub(crate) fn data() -> anyhow::Result<PathBuf> {
     let user = User::own();
-    if user.id.is_root() { Ok(DATA_OF_ROOT.into()) } else { user.data_directory() }
+    if user.is_root() { Ok(DATA_OF_ROOT.into()) } else { user.data_directory() }
 }
 
 /// The server that this user talks to: his own if it answers, else root's if it is there, else his own, which says that it is not there.
 pub(crate) fn server() -> Host {
     let user = User::own();
     let of_root = PathBuf::from(ADMIN_OF_ROOT);
-    if user.id.is_root() {
+    if user.is_root() {
         return Host::at(of_root);
     }
     let Some(own) = user.runtime_directory_if_there().map(|directory| directory.join(ADMIN_NAME)) else {
@@ -59,12 +62,18 @@ impl User {
     fn own() -> Self {
         let directory = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
         let id = rustix::process::geteuid();
+        let outer = outer_id(id, &fs::read_to_string("/proc/self/uid_map").unwrap_or_default());
         Self {
             id,
+            outer,
             runtime: directory("XDG_RUNTIME_DIR"),
             data: directory("XDG_DATA_HOME"),
-            home: directory("HOME").or_else(|| home_of(&fs::read_to_string("/etc/passwd").ok()?, id)),
+            home: directory("HOME").or_else(|| home_of(&fs::read_to_string("/etc/passwd").ok()?, outer)),
         }
+    }
+
+    fn is_root(&self) -> bool {
+        self.outer == 0
     }
 
     /// By the XDG base directory specification.
@@ -96,19 +105,32 @@ impl User {
     }
 
     fn temporary(&self) -> PathBuf {
-        Path::new(TEMPORARY).join(format!("funtainer-{}", self.id.as_raw()))
+        Path::new(TEMPORARY).join(format!("funtainer-{}", self.outer))
     }
 
     /// Whether it is a directory of this user, open to nobody else.
     fn owns(&self, directory: &Path) -> bool {
         fs::symlink_metadata(directory)
-            .is_ok_and(|found| found.is_dir() && found.uid() == self.id.as_raw() && found.mode() & 0o077 == 0)
+            .is_ok_and(|found| found.is_dir() && found.uid() == self.id.as_raw() && (found.mode() & 0o077) == 0)
     }
 }
 
-fn home_of(passwd: &str, user: Uid) -> Option<PathBuf> {
+/// The id of the namespace above, by the map of this one (user_namespaces(7)).
+fn outer_id(id: Uid, map: &str) -> u32 {
+    let lines =
+        map.lines().map(|line| line.split_ascii_whitespace().filter_map(|number| number.parse().ok()).collect::<Vec<u32>>());
+    let mut outer = lines.into_iter().filter_map(|line| match line[..] {
+        [inside, outside, count] => {
+            id.as_raw().checked_sub(inside).filter(|offset| *offset < count).map(|offset| outside + offset)
+        }
+        _ => None,
+    });
+    outer.next().unwrap_or(id.as_raw())
+}
+
+fn home_of(passwd: &str, user: u32) -> Option<PathBuf> {
     let fields = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>());
-    let mut homes = fields.into_iter().filter(|fields| fields.get(2).and_then(|id| id.parse().ok()) == Some(user.as_raw()));
+    let mut homes = fields.into_iter().filter(|fields| fields.get(2).and_then(|id| id.parse().ok()) == Some(user));
     homes.next()?.get(5).map(PathBuf::from).filter(|path| path.is_absolute())
 }
 
@@ -119,7 +141,8 @@ mod tests {
     use super::*;
 
     fn user(home: &Path) -> User {
-        User { id: rustix::process::geteuid(), runtime: None, data: None, home: Some(home.to_owned()) }
+        let id = rustix::process::geteuid();
+        User { id, outer: id.as_raw(), runtime: None, data: None, home: Some(home.to_owned()) }
     }
 
     #[test]
@@ -150,9 +173,21 @@ mod tests {
     }
 
     #[test]
+    fn root_of_a_namespace_is_who_he_is_outside() {
+        let first = "         0          0 4294967295\n";
+        assert_eq!(outer_id(Uid::ROOT, first), 0);
+        assert_eq!(outer_id(Uid::from_raw(1000), first), 1000);
+        let own = "         0       1000          1\n         1     100000      65536\n";
+        assert_eq!(outer_id(Uid::ROOT, own), 1000);
+        assert_eq!(outer_id(Uid::from_raw(2), own), 100_001);
+        assert_eq!(outer_id(Uid::from_raw(70_000), own), 70_000);
+        assert_eq!(outer_id(Uid::from_raw(70_000), "no map"), 70_000);
+    }
+
+    #[test]
     fn homes_are_found_by_number() {
         let passwd = "root:x:0:0:root:/root:/bin/sh\nbroken\nada:x:1000:1000:,,,:/home/ada:/bin/sh\n";
-        assert_eq!(home_of(passwd, Uid::from_raw(1000)), Some("/home/ada".into()));
-        assert_eq!(home_of(passwd, Uid::from_raw(1001)), None);
+        assert_eq!(home_of(passwd, 1000), Some("/home/ada".into()));
+        assert_eq!(home_of(passwd, 1001), None);
     }
 }

@@ -111,6 +111,22 @@ impl Tree {
         Ok(self)
     }
 
+    /// A file that belongs to somebody.
+    pub fn owned_file(mut self, path: &str, mode: u32, owner: (u64, u64), content: &[u8]) -> Result<Self> {
+        let mut header = header(EntryType::Regular, mode, content.len());
+        header.set_uid(owner.0);
+        header.set_gid(owner.1);
+        self.append(header, path, content)?;
+        Ok(self)
+    }
+
+    /// An extended attribute of the entry that follows.
+    pub fn attribute(mut self, name: &str, value: &[u8]) -> Result<Self> {
+        let key = format!("SCHILY.xattr.{name}");
+        self.archive.append_pax_extensions([(key.as_str(), value)]).with_context(|| format!("attribute {name}"))?;
+        Ok(self)
+    }
+
     /// A symbolic link.
     pub fn symlink(mut self, path: &str, target: &str) -> Result<Self> {
         let mut header = header(EntryType::Symlink, 0o777, 0);
