@@ -10,7 +10,7 @@ use bytes::Bytes;
 use funtainer_contract::{BoxFuture, Connect, StandardStreams};
 use funtainer_engine::backend::{Backend, ImageSummary, Left, Prepared, ProgressSink, Resolve, Start, Started};
 use funtainer_image::StoreError;
-use funtainer_model::{ErrorCode, Failure, FunctionId, ImageRef, InstanceId, RevisionId, StopSignal};
+use funtainer_model::{ErrorCode, Failure, FunctionId, ImageRef, InstanceId, Limits, RevisionId, StopSignal};
 use funtainer_sandbox::fds::Fds;
 use funtainer_sandbox::protocol::{ExitRecord, Reply, Request};
 use futures_util::future::join_all;
@@ -22,6 +22,7 @@ use crate::images::Images;
 use crate::instance::{Begun, Instances};
 use crate::link::{Answer, Event, Link, LinkError};
 use crate::logs::{Logs, Stream};
+use crate::machine;
 use crate::readiness::{self, Wanted};
 use crate::revision::Revisions;
 use crate::sockets::{Connector, Sockets};
@@ -136,6 +137,10 @@ impl Backend for LocalBackend {
         progress: ProgressSink,
     ) -> BoxFuture<'a, Result<Prepared, Failure>> {
         Box::pin(async move { self.shared.images.prepare(image, how, &progress).await })
+    }
+
+    fn warnings(&self, limits: &Limits) -> Vec<String> {
+        machine::warnings(limits)
     }
 
     fn start(&self, start: Start) -> BoxFuture<'_, Result<Started, Failure>> {

@@ -149,7 +149,7 @@ impl Instances {
             if let Some(sockets) = record.sockets {
                 sockets.close();
             }
-            let lost = ExitRecord { status: None, out_of_memory: false, memory_peak: 0, cpu_us: 0 };
+            let lost = ExitRecord { status: None, out_of_memory: false, writable_full: false, memory_peak: 0, cpu_us: 0 };
             record.exit.send_if_modified(|exit| {
                 let unknown = exit.is_none();
                 if unknown {
@@ -176,6 +176,7 @@ pub(crate) fn report(record: ExitRecord, stderr_tail: Bytes) -> ExitReport {
     ExitReport {
         exit,
         out_of_memory: record.out_of_memory,
+        writable_full: record.writable_full,
         memory_peak: known(record.memory_peak),
         cpu_us: known(record.cpu_us),
         stderr_tail,
@@ -186,7 +187,8 @@ pub(crate) fn report(record: ExitRecord, stderr_tail: Bytes) -> ExitReport {
 mod tests {
     use super::*;
 
-    const DONE: ExitRecord = ExitRecord { status: Some(0), out_of_memory: false, memory_peak: 0, cpu_us: 5 };
+    const DONE: ExitRecord =
+        ExitRecord { status: Some(0), out_of_memory: false, writable_full: false, memory_peak: 0, cpu_us: 5 };
 
     #[test]
     fn wait_statuses() {

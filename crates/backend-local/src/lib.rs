@@ -5,7 +5,7 @@
 //!   millisecond.
 //! - `instance`, `revision`: what exists. `descriptor` is what a later daemon learns of an instance.
 //! - `logs`: two bounded files for each function.
-//! - `images`: the image store in the engine's words.
+//! - `images`: the image store in the engine's words. `machine`: what is asked for beyond what this machine has.
 //!
 //! Nothing here decides how many instances there are, and nothing needs privilege. Every descriptor is close-on-exec and no copy of one
 //! that leads into an instance is kept: what its holder drops is closed.
@@ -19,6 +19,7 @@ mod instance;
 mod link;
 mod listeners;
 mod logs;
+mod machine;
 mod pair;
 mod readiness;
 mod revision;

@@ -346,7 +346,8 @@ fn init_failure(program: &str, step: InitStep, error: &io::Error) -> Failure {
 
 fn exit_failure(report: &ExitReport) -> Failure {
     if report.out_of_memory {
-        return Failure::new(ErrorCode::OutOfMemory, "the function was killed for its memory before it was ready");
+        let detail = format!("the function was killed for its memory before it was ready{}", report.usage());
+        return Failure::new(ErrorCode::OutOfMemory, detail);
     }
     let how = match report.exit {
         Exit::Code(code) => format!("the function ended with exit code {code} before it was ready"),
@@ -359,7 +360,8 @@ fn exit_failure(report: &ExitReport) -> Failure {
         "" => how,
         tail => format!("{how}: {tail}"),
     };
-    Failure::new(ErrorCode::InstanceExited, detail)
+    let failure = Failure::new(ErrorCode::InstanceExited, detail);
+    if report.writable_full { failure.with_hint(ExitReport::WRITABLE_FULL_HINT) } else { failure }
 }
 
 fn timeout_failure(after: Duration, told: u16, seen: &[u16]) -> Failure {

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
+use funtainer_sandbox::userns::outer_uid;
 use rustix::process::Uid;
 
 use crate::args::Host;
@@ -18,6 +19,9 @@ const DATA_OF_ROOT: &str = "/var/lib/funtainer";
 const ADMIN_NAME: &str = "funtainer.sock";
 /// Where such a directory is made if the user's session has none.
 const TEMPORARY: &str = "/tmp";
+
+/// Permission bits of everybody but the owner.
+const OTHERS: u32 = 0o077;
 
 /// What this process is told about its user.
 struct User {
@@ -62,7 +66,7 @@ impl User {
     fn own() -> Self {
         let directory = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
         let id = rustix::process::geteuid();
-        let outer = outer_id(id, &fs::read_to_string("/proc/self/uid_map").unwrap_or_default());
+        let outer = outer_uid();
         Self {
             id,
             outer,
@@ -110,22 +114,10 @@ impl User {
 
     /// Whether it is a directory of this user, open to nobody else.
     fn owns(&self, directory: &Path) -> bool {
-        fs::symlink_metadata(directory)
-            .is_ok_and(|found| found.is_dir() && found.uid() == self.id.as_raw() && (found.mode() & 0o077) == 0)
+        let Ok(found) = fs::symlink_metadata(directory) else { return false };
+        let open_to_others = found.mode() & OTHERS != 0;
+        found.is_dir() && found.uid() == self.id.as_raw() && !open_to_others
     }
-}
-
-/// The id of the namespace above, by the map of this one (user_namespaces(7)).
-fn outer_id(id: Uid, map: &str) -> u32 {
-    let lines =
-        map.lines().map(|line| line.split_ascii_whitespace().filter_map(|number| number.parse().ok()).collect::<Vec<u32>>());
-    let mut outer = lines.into_iter().filter_map(|line| match line[..] {
-        [inside, outside, count] => {
-            id.as_raw().checked_sub(inside).filter(|offset| *offset < count).map(|offset| outside + offset)
-        }
-        _ => None,
-    });
-    outer.next().unwrap_or(id.as_raw())
 }
 
 fn home_of(passwd: &str, user: u32) -> Option<PathBuf> {
@@ -170,18 +162,6 @@ mod tests {
         let link = directory.path().join("link");
         std::os::unix::fs::symlink("runtime", &link).unwrap();
         assert!(!user.owns(&link), "a link can be somebody else's");
-    }
-
-    #[test]
-    fn root_of_a_namespace_is_who_he_is_outside() {
-        let first = "         0          0 4294967295\n";
-        assert_eq!(outer_id(Uid::ROOT, first), 0);
-        assert_eq!(outer_id(Uid::from_raw(1000), first), 1000);
-        let own = "         0       1000          1\n         1     100000      65536\n";
-        assert_eq!(outer_id(Uid::ROOT, own), 1000);
-        assert_eq!(outer_id(Uid::from_raw(2), own), 100_001);
-        assert_eq!(outer_id(Uid::from_raw(70_000), own), 70_000);
-        assert_eq!(outer_id(Uid::from_raw(70_000), "no map"), 70_000);
     }
 
     #[test]

@@ -39,6 +39,10 @@ impl Show {
 
     /// Says a step.
     pub(crate) fn step(&mut self, step: &Progress) {
+        if let Progress::Warning { text } = step {
+            self.warning(text);
+            return;
+        }
         let text = match self {
             Self::Quiet => return,
             Self::Lines(seen) => line(step, seen).map(|text| format!("{text}\n")),
@@ -49,6 +53,15 @@ impl Show {
         };
         // Nobody need read it.
         let _ = std::io::stderr().write_all(text.unwrap_or_default().as_bytes());
+    }
+
+    /// Says a warning, which stays.
+    fn warning(&mut self, text: &str) {
+        if matches!(self, Self::Quiet) {
+            return;
+        }
+        self.end();
+        let _ = std::io::stderr().write_all(format!("warning: {text}\n").as_bytes());
     }
 
     /// Takes a live line away.
@@ -74,6 +87,7 @@ fn line(step: &Progress, seen: &mut BTreeSet<Digest>) -> Option<String> {
         }
         Progress::LayerPresent { layer } => seen.insert(*layer).then(|| format!("layer {} is here", layer.short())),
         Progress::Starting => Some("an instance is started".to_owned()),
+        Progress::Warning { text } => Some(text.clone()),
     }
 }
 
@@ -83,6 +97,7 @@ fn live(step: &Progress) -> String {
         Progress::Layer { layer, bytes, total } => format!("layer {}: {} of {}", layer.short(), size(*bytes), size(*total)),
         Progress::LayerPresent { layer } => format!("layer {} is here", layer.short()),
         Progress::Starting => "starting an instance".to_owned(),
+        Progress::Warning { text } => text.clone(),
     }
 }
 

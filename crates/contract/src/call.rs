@@ -67,12 +67,28 @@ pub struct ExitReport {
     pub exit: Exit,
     /// Whether the kernel killed it, or one of its processes, for memory.
     pub out_of_memory: bool,
+    /// Whether its writable layer had no room left, for bytes or for files, when it ended.
+    pub writable_full: bool,
     /// Highest memory use in bytes, where the kernel tells.
     pub memory_peak: Option<u64>,
     /// CPU time in microseconds, where the kernel tells.
     pub cpu_us: Option<u64>,
     /// The end of its standard error, at most 4 KiB.
     pub stderr_tail: Bytes,
+}
+
+impl ExitReport {
+    /// What to do where an instance has failed and its writable layer was full.
+    pub const WRITABLE_FULL_HINT: &str = "its writable layer was full, for bytes or for files: give it more room with --writable, and as much --memory, or write less";
+
+    /// What it used, and what it had too little of, in brackets behind a sentence about its end; empty where nothing is known.
+    pub fn usage(&self) -> String {
+        let memory = self.memory_peak.map(|bytes| format!("memory peak {}M", bytes.div_ceil(1 << 20)));
+        let time = self.cpu_us.map(|us| format!("{}.{:03} s of processor time", us / 1_000_000, us / 1000 % 1000));
+        let full = self.writable_full.then(|| "its writable layer was full".to_owned());
+        let parts: Vec<String> = [memory, time, full].into_iter().flatten().collect();
+        if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", ")) }
+    }
 }
 
 /// Becomes `Some` once the instance is reaped; all its clones see it.

@@ -6,7 +6,7 @@ use std::io;
 use bytes::Bytes;
 use funtainer_model::{ErrorCode, Failure};
 
-use crate::{Call, Exit};
+use crate::{Call, Exit, ExitReport};
 
 /// Most of a standard error tail that goes into a [`Failure`], in bytes: it is one sentence for a person, all of it is in the log.
 const TAIL_SHOWN_BYTES_MAX: usize = 1024;
@@ -32,6 +32,8 @@ pub enum InvokeError {
         exit: Exit,
         /// Whether it was killed for memory.
         out_of_memory: bool,
+        /// Whether its writable layer was full.
+        writable_full: bool,
         /// The end of its standard error.
         stderr_tail: Bytes,
     },
@@ -71,8 +73,9 @@ impl InvokeError {
             Self::CommandFailed { out_of_memory: true, .. } => {
                 Failure::new(ErrorCode::OutOfMemory, "the command was killed for its memory")
             }
-            Self::CommandFailed { exit, stderr_tail, .. } => {
-                Failure::new(ErrorCode::CommandFailed, command_failed_detail(*exit, stderr_tail))
+            Self::CommandFailed { exit, writable_full, stderr_tail, .. } => {
+                let failure = Failure::new(ErrorCode::CommandFailed, command_failed_detail(*exit, stderr_tail));
+                if *writable_full { failure.with_hint(ExitReport::WRITABLE_FULL_HINT) } else { failure }
             }
             Self::CallerGone(_) => {
                 let detail = "the request's body broke off, or its chunks cannot be read";

@@ -107,6 +107,7 @@ async fn ended(mut exit: ExitFuture) -> ExitReport {
     known.unwrap_or_else(|| ExitReport {
         exit: Exit::Lost,
         out_of_memory: false,
+        writable_full: false,
         memory_peak: None,
         cpu_us: None,
         stderr_tail: Bytes::new(),
@@ -161,8 +162,8 @@ impl Output {
         }
         if let Some(report) = self.exit.poll(cx) {
             if report.exit != Exit::Code(0) {
-                let ExitReport { exit, out_of_memory, stderr_tail, .. } = report.clone();
-                return Poll::Ready(Err(InvokeError::CommandFailed { exit, out_of_memory, stderr_tail }));
+                let ExitReport { exit, out_of_memory, writable_full, stderr_tail, .. } = report.clone();
+                return Poll::Ready(Err(InvokeError::CommandFailed { exit, out_of_memory, writable_full, stderr_tail }));
             }
             if self.stdout.is_none() {
                 return Poll::Ready(Ok(true));

@@ -38,8 +38,14 @@ fn start(script: &str) -> (stdio::Streams, ExitFuture) {
         let status = child.wait().unwrap();
         let exit =
             status.signal().map_or_else(|| Exit::Code(status.code().unwrap() as u8), |signal| Exit::Signal(signal as u8));
-        let report =
-            ExitReport { exit, out_of_memory: false, memory_peak: None, cpu_us: None, stderr_tail: stderr_tail.into() };
+        let report = ExitReport {
+            exit,
+            out_of_memory: false,
+            writable_full: false,
+            memory_peak: None,
+            cpu_us: None,
+            stderr_tail: stderr_tail.into(),
+        };
         sender.send_replace(Some(report));
     });
     (streams, exit)

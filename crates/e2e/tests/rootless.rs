@@ -176,6 +176,8 @@ fn what_holds_under_root_holds_here() -> Result<()> {
         let map: Vec<u32> = map.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
         // Outside of the keeper's namespace, where the daemon has the first one.
         ensure!(map == [0, 2, count - 1], "{map:?}, and the ids are from {first}");
+        // Without a control group too.
+        ensure!(inside(server, "sh:1", "ulimit -u")?.trim() == "4096");
         for script in [
             "mount -t tmpfs none /tmp",
             "umount /proc",
@@ -334,6 +336,10 @@ fn what_is_in_the_way_is_named() -> Result<()> {
         let mut command = other.command(other.program());
         let finished = process::run(command.args(["serve", "--listen", "127.0.0.1:0", "--data", &data]), b"", COMMAND_LIMIT)?;
         ensure!(finished.code()? == 1 && finished.err().contains("--data"), "{finished:?}");
+        // A directory whose owner is root of the machine's server.
+        let of_root = world.serve()?;
+        let data = of_root.places().data.display().to_string();
+        refused(&["--listen", "127.0.0.1:0", "--data", &data], &[&data, "--data"])?;
         Ok(())
     })
 }

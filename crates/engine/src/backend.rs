@@ -22,6 +22,11 @@ pub trait Backend: Send + Sync + 'static {
         progress: ProgressSink,
     ) -> BoxFuture<'a, Result<Prepared, Failure>>;
 
+    /// What a user should know of limits that this machine cannot give or does not keep, as whole sentences; they are no reason to refuse.
+    fn warnings(&self, _limits: &Limits) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Starts one instance and returns when it is ready by the measure of its plan. On an error nothing of it is left.
     /// Dropping the future ends the start; what it made is released behind it.
     fn start(&self, start: Start) -> BoxFuture<'_, Result<Started, Failure>>;
@@ -92,6 +97,11 @@ pub enum Progress {
     LayerPresent {
         /// Digest of the compressed layer.
         layer: Digest,
+    },
+    /// Something that is served otherwise than it was asked for.
+    Warning {
+        /// A sentence for people.
+        text: String,
     },
     /// An instance is being started.
     Starting,

@@ -381,6 +381,7 @@ pub(crate) async fn ended(mut exit: ExitFuture) -> ExitReport {
     let lost = || ExitReport {
         exit: Exit::Lost,
         out_of_memory: false,
+        writable_full: false,
         memory_peak: None,
         cpu_us: None,
         stderr_tail: bytes::Bytes::new(),
@@ -391,8 +392,9 @@ pub(crate) async fn ended(mut exit: ExitFuture) -> ExitReport {
 fn unexpected_exit(instance: InstanceId, report: &ExitReport) -> Failure {
     let how = describe_exit(report);
     let code = if report.out_of_memory { ErrorCode::OutOfMemory } else { ErrorCode::InstanceExited };
-    let detail = format!("instance {instance} {how}");
+    let detail = format!("instance {instance} {how}{}", report.usage());
     match code {
+        _ if report.writable_full => Failure::new(code, detail).with_hint(ExitReport::WRITABLE_FULL_HINT),
         ErrorCode::OutOfMemory => Failure::new(code, detail),
         // The code's own words are about a start.
         _ => Failure::new(code, detail).with_hint("see `funtainer logs NAME`; a server should run until it is asked to end"),

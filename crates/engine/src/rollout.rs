@@ -36,6 +36,10 @@ pub(crate) async fn resolve(
     how: Resolve,
     progress: &ProgressSink,
 ) -> Result<RevisionRecord, Failure> {
+    for text in backend.warnings(&spec.limits) {
+        // Lossy by design, as all progress.
+        let _ = progress.try_send(Progress::Warning { text });
+    }
     let prepared = backend.prepare(&spec.image, how, progress.clone()).await?;
     let digest = prepared.digest;
     // Reads files of the image.

@@ -10,6 +10,9 @@ use crate::ByteSize;
 
 /// Least memory that a sandbox with its page tables and writable layer starts in.
 const MEMORY_MIN: ByteSize = ByteSize::mebibytes(4);
+/// Most memory, and most room of a writable layer: more than machines have, and little enough for the kernel's counters. What is above it
+/// is a slip.
+const MEMORY_MAX: ByteSize = ByteSize::bytes(16 << 40);
 /// Least room of a writable layer: its directories need a page each.
 const WRITABLE_MIN: ByteSize = ByteSize::mebibytes(1);
 /// Range of `cpu.weight` (Linux, Documentation/admin-guide/cgroup-v2.rst).
@@ -119,6 +122,14 @@ pub enum IsolationError {
     /// Too little room for a writable layer.
     #[error("a writable layer of {0} is too little, the least is {WRITABLE_MIN}")]
     Writable(ByteSize),
+    /// More memory than there can be.
+    #[error("{what} of {size} is too much, the most is {MEMORY_MAX}")]
+    TooLarge {
+        /// The setting.
+        what: &'static str,
+        /// Its value.
+        size: ByteSize,
+    },
     /// No number of processors.
     #[error("'{0}' is no number of processors: write a decimal number from 0.01 up, such as 0.5 or 2")]
     Cpus(String),
@@ -191,6 +202,11 @@ impl Limits {
         }
         if let Some(writable) = self.writable.filter(|writable| *writable < WRITABLE_MIN) {
             return Err(IsolationError::Writable(writable));
+        }
+        for (what, size) in [("memory", Some(self.memory)), ("a writable layer", self.writable)] {
+            if let Some(size) = size.filter(|size| *size > MEMORY_MAX) {
+                return Err(IsolationError::TooLarge { what, size });
+            }
         }
         let within = |what, actual: u32, min: u32, max: u32| {
             if (min..=max).contains(&actual) {
@@ -492,12 +508,15 @@ mod tests {
     #[test]
     fn limits_have_bounds() {
         Limits::default().check().unwrap();
+        Limits { memory: "16T".parse().unwrap(), ..Limits::default() }.check().unwrap();
         let refused = |change: fn(&mut Limits)| {
             let mut limits = Limits::default();
             change(&mut limits);
             assert!(limits.check().is_err(), "{limits:?}");
         };
         refused(|limits| limits.memory = ByteSize::bytes(1));
+        refused(|limits| limits.memory = "99999G".parse().unwrap());
+        refused(|limits| limits.writable = "17T".parse().ok());
         refused(|limits| limits.cpu_weight = 0);
         refused(|limits| limits.cpu_weight = 10_001);
         refused(|limits| limits.pids = 1);

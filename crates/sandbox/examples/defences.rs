@@ -9,7 +9,7 @@ use std::io::{Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::time::Instant;
 
-use funtainer_sandbox::cgroup::{GroupLimits, Hierarchy, Layout, attach_current};
+use funtainer_sandbox::cgroup::{CPU_WEIGHT_DEFAULT, GroupLimits, Hierarchy, Layout, Nest, attach_current};
 use funtainer_sandbox::mount::{self, INERT, Tmpfs};
 use funtainer_sandbox::seccomp::{DEFAULT, Filter};
 use funtainer_sandbox::step::StepError;
@@ -51,12 +51,14 @@ fn main() {
     let layout = Layout::detect().expect("control groups are mounted");
     let name = format!("funtainer-defences-{}", std::process::id());
     let hierarchy = Hierarchy::open(&layout, &name).expect("a control group");
+    let mut nest = hierarchy.nest("zygote-0", BASE).expect("a zygote's control group");
     let mut rows = vec![Vec::new(); CHILD.len() + PARENT.len()];
     for _ in 0..ROUNDS {
-        for (row, time) in rows.iter_mut().zip(child().into_iter().chain(parent(&hierarchy))) {
+        for (row, time) in rows.iter_mut().zip(child().into_iter().chain(parent(&nest))) {
             row.push(time);
         }
     }
+    nest.remove().expect("remove the zygote's control group");
     hierarchy.close().expect("remove the control group");
     println!("| step | p50 µs | p95 µs |\n|---|---|---|");
     for (name, row) in CHILD.iter().chain(&PARENT).zip(&mut rows) {
@@ -167,11 +169,11 @@ fn steps() -> Result<[f64; CHILD.len()], StepError> {
 }
 
 /// Times of what is done outside of the container.
-fn parent(hierarchy: &Hierarchy) -> [f64; PARENT.len()] {
+fn parent(nest: &Nest) -> [f64; PARENT.len()] {
     let (namespace, made) = timed(|| userns::make(BASE));
     drop(made.expect("a user namespace"));
-    let limits = GroupLimits { memory_bytes: 64 << 20, pids_max: 100 };
-    let (made_in, group) = timed(|| hierarchy.create("trial", limits));
+    let limits = GroupLimits { memory_bytes: 64 << 20, pids_max: 100, cpu_weight: CPU_WEIGHT_DEFAULT, cpu_milli: None };
+    let (made_in, group) = timed(|| nest.create("trial", limits));
     let mut group = group.expect("a control group");
     let (mut reader, mut writer) = std::io::pipe().expect("a pipe");
     // SAFETY: as in `child`.

@@ -1,38 +1,48 @@
 //! Limits and accounts: one control group per instance, on either version of the interface.
 //!
 //! ```text
-//! v1   MOUNT(memory)/funtainer-ID/INSTANCE   MOUNT(pids)/...   MOUNT(cpuacct)/...
-//! v2   MOUNT/funtainer-ID/INSTANCE
+//! v1   MOUNT(memory)/funtainer-ID/INSTANCE   MOUNT(pids)/...   MOUNT(cpu)/...   MOUNT(cpuacct)/...
+//! v2   PLACE/funtainer-ID/NEST/INSTANCE      one nest per zygote
+//!                             └ zygote       the zygote itself
+//!      PLACE/keeper                          keeper and daemon, where PLACE is ours alone (a unit or scope of systemd)
 //! ```
-//! The top directory bears the id of a data directory, so that servers beside each other never touch each other's groups: nothing outside
-//! of it is written, not even the root's `cgroup.subtree_control`. On v2 no process sits in an inner node; the keeper stays where it was.
+//! The top directory bears the id of a data directory, so that servers beside each other never touch each other's groups. What PLACE is says
+//! [`place`]. On v2 no process sits in an inner node. A nest's and an instance's `cgroup.procs` belong to the host id of the function's
+//! root, because a zygote may then have its inits born in their groups (`CLONE_INTO_CGROUP`); files with limits belong to root always.
 //!
-//! Lifecycle: [`Layout::detect`] → [`Hierarchy::open`] (sweeps what a killed server left) → [`Hierarchy::create`] per instance →
-//! [`InstanceCgroup::usage`] when its last process is gone → [`InstanceCgroup::remove`] → [`Hierarchy::close`].
+//! Lifecycle: [`Layout::detect`] → [`Layout::settle`] → [`Hierarchy::open`] (sweeps what a killed server left) → [`Hierarchy::nest`] per zygote →
+//! [`Nest::create`] per instance → [`InstanceCgroup::usage`] when its last process is gone → [`InstanceCgroup::remove`] → [`Nest::remove`] →
+//! [`Hierarchy::close`].
 
+pub mod bus;
+pub mod place;
+mod sweep;
 mod v1;
 mod v2;
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags};
 
-use crate::fds::{pidfd_ended, pidfd_signal};
-use crate::step::{StepError, errno_of};
+use crate::step::StepError;
 
-/// `CLONE_INTO_CGROUP` of clone(2): the child is born in the group whose directory is named. The crate `libc` has it too narrow.
-pub const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+pub use place::Settled;
+pub use sweep::sweep;
+
 /// How many controllers an instance may have a group in.
 const GROUPS_MAX: usize = v1::CONTROLLERS.len();
-/// How long a sweep waits for the processes that it killed.
-const SWEEP_WAIT: Duration = Duration::from_secs(10);
 /// Longest file of a group that is read: `memory.stat` and the like are never asked for, lists of processes are read whole elsewhere.
 const FILE_BYTES_MAX: usize = 4096;
+/// The share of the processors that every group has unless told otherwise.
+pub const CPU_WEIGHT_DEFAULT: u32 = 100;
+/// What a quota of processor time is counted in, in microseconds: the kernel's default.
+const CPU_PERIOD_US: u64 = 100_000;
+/// The leaf of a nest in which its zygote is.
+const CRADLE: &str = "zygote";
 
 /// Why a group cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +65,7 @@ pub enum CgroupError {
         source: StepError,
     },
     /// Processes of an earlier server cannot be ended.
-    #[error("control group {path} still has processes {} s after SIGKILL", SWEEP_WAIT.as_secs())]
+    #[error("control group {path} still has processes {} s after SIGKILL", sweep::WAIT.as_secs())]
     StillPopulated {
         /// The group.
         path: String,
@@ -65,29 +75,35 @@ pub enum CgroupError {
 /// Limits of one instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GroupLimits {
-    /// Most memory in bytes: its processes, its tmpfs and its page cache. No swap.
+    /// Most memory in bytes: its processes, its tmpfs, its page cache and what the kernel keeps for it. No swap.
     pub memory_bytes: u64,
     /// Most processes and threads.
     pub pids_max: u32,
+    /// Its share of busy processors beside other groups, 1 to 10,000 as v2 counts; [`CPU_WEIGHT_DEFAULT`].
+    pub cpu_weight: u32,
+    /// Most processor time, in thousandths of one processor, counted over 100 ms. At least 10, which is the kernel's least.
+    pub cpu_milli: Option<u32>,
 }
 
 /// What an instance used, read when its last process is gone. `None` where the kernel does not count it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Highest memory use in bytes.
+    /// Highest memory use in bytes; v2 counts it since 5.19.
     pub memory_peak_bytes: Option<u64>,
+    /// Memory in use now: files on its tmpfs and page cache, when its processes are gone.
+    pub memory_now_bytes: Option<u64>,
     /// Processor time in microseconds.
     pub cpu_us: Option<u64>,
-    /// Processes that the kernel killed because the memory limit was reached.
+    /// Processes that the kernel killed because memory ran out: their group's, or the machine's.
     pub oom_kills: u64,
 }
 
-/// Which interface is used, and where it is mounted.
+/// Which interface is used, and where.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Layout {
     /// Controllers mounted apart from each other, beside an empty v2 tree or none.
     V1(Vec<v1::Controller>),
-    /// The unified tree.
+    /// The unified tree: the directory in which the top group is made, which is the mount unless [`Layout::settle`] found a better one.
     V2(PathBuf),
 }
 
@@ -153,9 +169,14 @@ pub struct Hierarchy {
 /// The top group in one mount.
 #[derive(Debug)]
 struct Top {
-    /// The mount's root.
+    /// The directory that it lies in.
     root: OwnedFd,
-    /// The group.
+    place: Rc<Place>,
+}
+
+/// A group that others are made in.
+#[derive(Debug)]
+struct Place {
     directory: OwnedFd,
     kind: Kind,
 }
@@ -164,7 +185,7 @@ struct Top {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     V1(v1::Role),
-    V2 { memory: bool, pids: bool },
+    V2(v2::Offer),
 }
 
 impl Hierarchy {
@@ -175,33 +196,43 @@ impl Hierarchy {
         sweep(layout, name)?;
         match layout {
             Layout::V1(controllers) => v1::open(controllers, name),
-            Layout::V2(mount) => v2::open(mount, name),
+            Layout::V2(parent) => v2::open(parent, name),
         }
     }
 
-    /// No groups at all: for a server that may make none. Instances have neither limits nor counts.
-    pub fn none() -> Self {
-        Self { name: String::new(), tops: Vec::new(), missing: Vec::new() }
+    /// For a user who may make no groups: instances have none, so that only the sizes of their file systems and their resource limits
+    /// hold them.
+    pub fn absent() -> Self {
+        let missing = vec!["memory limit", "process limit", "processor limit", "processor time"];
+        Self { name: String::new(), tops: Vec::new(), missing }
     }
 
-    /// Limits and counts that this machine does not offer, as words for a warning: `memory limit`, `process limit`, `processor time`.
+    /// Limits and counts that this machine does not offer, as words for a warning: `memory limit`, `process limit`, `processor limit`,
+    /// `processor time`.
     pub fn missing(&self) -> &[&'static str] {
         &self.missing
     }
 
-    /// Makes the group of an instance with its limits.
-    pub fn create(&self, instance: &str, limits: GroupLimits) -> Result<InstanceCgroup, CgroupError> {
-        let name = component(instance)?;
-        let mut cgroup = InstanceCgroup { name, groups: Vec::with_capacity(GROUPS_MAX) };
-        for top in &self.tops {
-            if let Err(source) = cgroup.add(top, limits) {
-                let error = CgroupError::Step { path: format!("{}/{instance}", self.name), source };
-                // Empty groups can always be removed; the first error is the one to tell.
-                let _ = cgroup.remove();
-                return Err(error);
+    /// Makes the groups of a zygote, in which its instances are to have theirs. `owner` is the host id of root in the zygote's user
+    /// namespace.
+    pub fn nest(&self, name: &str, owner: u32) -> Result<Nest, CgroupError> {
+        let component = component(name)?;
+        let fail = |source| CgroupError::Step { path: format!("{}/{name}", self.name), source };
+        match self.tops.first() {
+            Some(Top { place, .. }) if let Kind::V2(offer) = place.kind => {
+                let node = v2::nest(place, component, owner, offer).map_err(fail)?;
+                Ok(Nest {
+                    path: format!("{}/{name}", self.name),
+                    owner,
+                    places: vec![Rc::clone(&node.place)],
+                    node: Some(node),
+                })
+            }
+            _ => {
+                let places = self.tops.iter().map(|top| Rc::clone(&top.place)).collect();
+                Ok(Nest { path: self.name.clone(), owner, places, node: None })
             }
         }
-        Ok(cgroup)
     }
 
     /// Removes the top groups. Those of all instances must be gone, else `EBUSY` and what remains is left for the next sweep: what can be
@@ -213,35 +244,13 @@ impl Hierarchy {
         let name = component(&self.name)?;
         let mut outcome = Ok(());
         for top in &self.tops {
-            match rustix::fs::unlinkat(&top.root, &*name, AtFlags::REMOVEDIR) {
-                Ok(()) | Err(Errno::NOENT) => {}
-                Err(errno) => {
-                    let source = StepError { step: "remove the top directory", errno };
-                    outcome = outcome.and(Err(CgroupError::Step { path: self.name.clone(), source }));
-                }
+            if let Err(errno) = remove_directory(top.root.as_fd(), &name) {
+                let source = StepError { step: "remove the top directory", errno };
+                outcome = outcome.and(Err(CgroupError::Step { path: self.name.clone(), source }));
             }
         }
         outcome
     }
-}
-
-/// The group of one instance in each controller.
-#[derive(Debug)]
-pub struct InstanceCgroup {
-    name: CString,
-    groups: Vec<Group>,
-}
-
-#[derive(Debug)]
-struct Group {
-    /// The top group, to remove this one from.
-    top: OwnedFd,
-    directory: OwnedFd,
-    /// v1 `tasks` (which skips the global lock that `cgroup.procs` takes), v2 `cgroup.procs`; opened for writing by the keeper, whose
-    /// right to move processes goes with the descriptor.
-    door: OwnedFd,
-    kind: Kind,
-    removed: bool,
 }
 
 /// Whether a group could be removed.
@@ -253,24 +262,119 @@ pub enum Removal {
     Busy,
 }
 
+/// The groups of one zygote. On v1, where a process enters its groups by itself, they are the server's own.
+#[derive(Debug)]
+pub struct Nest {
+    path: String,
+    owner: u32,
+    places: Vec<Rc<Place>>,
+    node: Option<Node>,
+}
+
+/// A nest that is a group of its own.
+#[derive(Debug)]
+struct Node {
+    top: Rc<Place>,
+    name: CString,
+    place: Rc<Place>,
+    cradle: OwnedFd,
+    /// Whether its zygote may have children born in the groups below.
+    births: bool,
+}
+
+impl Nest {
+    /// The directory of the group for the zygote itself, to be born into; `None` where it stays where its parent is.
+    pub fn cradle(&self) -> Option<BorrowedFd<'_>> {
+        self.node.as_ref().map(|node| node.cradle.as_fd())
+    }
+
+    /// Makes the group of an instance with its limits.
+    pub fn create(&self, instance: &str, limits: GroupLimits) -> Result<InstanceCgroup, CgroupError> {
+        let name = component(instance)?;
+        let births = self.node.as_ref().is_some_and(|node| node.births);
+        let mut cgroup = InstanceCgroup { name, births, groups: Vec::with_capacity(GROUPS_MAX) };
+        for place in &self.places {
+            if let Err(source) = cgroup.add(place, limits, births.then_some(self.owner)) {
+                let error = CgroupError::Step { path: format!("{}/{instance}", self.path), source };
+                // Empty groups can always be removed; the first error is the one to tell.
+                let _ = cgroup.remove();
+                return Err(error);
+            }
+        }
+        Ok(cgroup)
+    }
+
+    /// Removes what is the zygote's own. Its instances' groups must be gone before; can be called again after [`Removal::Busy`].
+    pub fn remove(&mut self) -> Result<Removal, StepError> {
+        let Some(node) = &self.node else { return Ok(Removal::Done) };
+        let cradle = component(CRADLE).expect("a name");
+        for (parent, name) in [(&node.place, &cradle), (&node.top, &node.name)] {
+            match remove_directory(parent.directory.as_fd(), name) {
+                Ok(()) => {}
+                Err(Errno::BUSY) => return Ok(Removal::Busy),
+                Err(errno) => return Err(StepError { step: "remove the control group of a zygote", errno }),
+            }
+        }
+        self.node = None;
+        Ok(Removal::Done)
+    }
+}
+
+/// A way into the groups of an instance.
+#[derive(Debug)]
+pub struct Entrance<'a> {
+    /// Whether a process is born there; else it enters by itself.
+    pub born: bool,
+    /// One directory to be born in, or a door for each group.
+    pub descriptors: Vec<BorrowedFd<'a>>,
+}
+
+/// The group of one instance in each controller.
+#[derive(Debug)]
+pub struct InstanceCgroup {
+    name: CString,
+    births: bool,
+    groups: Vec<Group>,
+}
+
+#[derive(Debug)]
+struct Group {
+    /// What it lies in.
+    place: Rc<Place>,
+    directory: OwnedFd,
+    /// v1 `tasks` (which skips the global lock that `cgroup.procs` takes), v2 `cgroup.procs`; opened for writing by the keeper, whose
+    /// right to move processes goes with the descriptor.
+    door: OwnedFd,
+    removed: bool,
+}
+
 impl InstanceCgroup {
     /// Descriptors for the child: it writes itself through each ([`attach_current`]). At most four.
     pub fn doors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.groups.iter().map(|group| group.door.as_fd())
     }
 
-    /// The directory for `CLONE_INTO_CGROUP`; `None` on v1, whose groups are entered by their doors.
-    pub fn directory(&self) -> Option<BorrowedFd<'_>> {
-        self.groups.iter().find(|group| matches!(group.kind, Kind::V2 { .. })).map(|group| group.directory.as_fd())
+    /// The directory for `CLONE_INTO_CGROUP` by the zygote: a child that is born there needs no door. `None` on v1, and where the zygote may
+    /// not.
+    pub fn birthplace(&self) -> Option<BorrowedFd<'_>> {
+        self.groups.first().filter(|_| self.births).map(|group| group.directory.as_fd())
+    }
+
+    /// How a process that a zygote makes comes in.
+    pub fn entrance(&self) -> Entrance<'_> {
+        match self.birthplace() {
+            Some(group) => Entrance { born: true, descriptors: vec![group] },
+            None => Entrance { born: false, descriptors: self.doors().collect() },
+        }
     }
 
     /// Reads what was used so far. A file that is not there leaves its value out.
     pub fn usage(&self) -> Usage {
         let mut usage = Usage::default();
         for group in &self.groups {
-            match group.kind {
+            match group.place.kind {
                 Kind::V1(role) => v1::usage(group.directory.as_fd(), role, &mut usage),
-                Kind::V2 { .. } => v2::usage(group.directory.as_fd(), &mut usage),
+                Kind::V2(_) => v2::usage(group.directory.as_fd(), &mut usage),
             }
         }
         usage
@@ -278,22 +382,23 @@ impl InstanceCgroup {
 
     /// Kills every process in the group at once. Needed only where the end of a pid namespace does not do it.
     pub fn kill(&self) -> Result<(), StepError> {
-        self.groups.first().map_or(Ok(()), |group| kill_all(group.directory.as_fd()))
+        self.groups.first().map_or(Ok(()), |group| sweep::kill_all(group.directory.as_fd()))
     }
 
     /// Stops (`true`) or continues every process in the group. v2 only: `EOPNOTSUPP` elsewhere.
     pub fn freeze(&self, frozen: bool) -> Result<(), StepError> {
         let step = "freeze a control group";
-        let directory = self.directory().ok_or(StepError { step, errno: Errno::OPNOTSUPP })?;
-        write(directory, "cgroup.freeze", if frozen { "1" } else { "0" }, step)
+        let unified = self.groups.iter().find(|group| matches!(group.place.kind, Kind::V2(_)));
+        let group = unified.ok_or(StepError { step, errno: Errno::OPNOTSUPP })?;
+        write(group.directory.as_fd(), "cgroup.freeze", if frozen { "1" } else { "0" }, step)
     }
 
     /// Removes the group in every controller. Can be called again after [`Removal::Busy`].
     pub fn remove(&mut self) -> Result<Removal, StepError> {
         let mut removal = Removal::Done;
         for group in self.groups.iter_mut().filter(|group| !group.removed) {
-            match rustix::fs::unlinkat(&group.top, &*self.name, AtFlags::REMOVEDIR) {
-                Ok(()) | Err(Errno::NOENT) => group.removed = true,
+            match remove_directory(group.place.directory.as_fd(), &self.name) {
+                Ok(()) => group.removed = true,
                 Err(Errno::BUSY) => removal = Removal::Busy,
                 Err(errno) => return Err(StepError { step: "remove a control group", errno }),
             }
@@ -301,32 +406,34 @@ impl InstanceCgroup {
         Ok(removal)
     }
 
-    fn add(&mut self, top: &Top, limits: GroupLimits) -> Result<(), StepError> {
+    fn add(&mut self, place: &Rc<Place>, limits: GroupLimits, owner: Option<u32>) -> Result<(), StepError> {
         let fail = |step| move |errno| StepError { step, errno };
-        rustix::fs::mkdirat(&top.directory, &*self.name, Mode::from_raw_mode(0o755)).map_err(fail("make a control group"))?;
-        let undo = |error| {
-            // Nothing can be in it yet; a failure here is the lesser one.
-            let _ = rustix::fs::unlinkat(&top.directory, &*self.name, AtFlags::REMOVEDIR);
-            error
-        };
+        let parent = place.directory.as_fd();
+        rustix::fs::mkdirat(parent, &*self.name, Mode::from_raw_mode(0o755)).map_err(fail("make a control group"))?;
         let made = || {
-            let directory = open_directory(top.directory.as_fd(), &self.name).map_err(fail("open a control group"))?;
-            let door = match top.kind {
+            let directory = open_directory(parent, &self.name).map_err(fail("open a control group"))?;
+            let door = match place.kind {
                 Kind::V1(role) => {
                     v1::limit(directory.as_fd(), role, limits)?;
-                    open_file(directory.as_fd(), "tasks", OFlags::WRONLY)
+                    "tasks"
                 }
-                Kind::V2 { memory, pids } => {
-                    v2::limit(directory.as_fd(), memory, pids, limits)?;
-                    open_file(directory.as_fd(), "cgroup.procs", OFlags::WRONLY)
+                Kind::V2(offer) => {
+                    v2::limit(directory.as_fd(), offer, limits)?;
+                    if let Some(owner) = owner {
+                        v2::hand_over(directory.as_fd(), owner).map_err(fail("hand a control group over"))?;
+                    }
+                    "cgroup.procs"
                 }
-            }
-            .map_err(fail("open the list of processes of a control group"))?;
-            let top_again =
-                rustix::io::fcntl_dupfd_cloexec(&top.directory, 0).map_err(fail("keep the parent of a control group"))?;
-            Ok(Group { top: top_again, directory, door, kind: top.kind, removed: false })
+            };
+            let door = open_file(directory.as_fd(), door, OFlags::WRONLY)
+                .map_err(fail("open the list of processes of a control group"))?;
+            Ok(Group { place: Rc::clone(place), directory, door, removed: false })
         };
-        self.groups.push(made().map_err(undo)?);
+        let group = made().inspect_err(|_| {
+            // Nothing can be in it yet; a failure here is the lesser one.
+            let _ = remove_directory(parent, &self.name);
+        })?;
+        self.groups.push(group);
         Ok(())
     }
 }
@@ -342,105 +449,6 @@ pub fn attach_current<'a>(doors: impl IntoIterator<Item = BorrowedFd<'a>>) -> Re
     Ok(())
 }
 
-/// Removes everything of the name: kills its processes, waits for their end, removes its groups from the leaves up. Nothing of the name
-/// is fine.
-pub fn sweep(layout: &Layout, name: &str) -> Result<(), CgroupError> {
-    let component = component(name)?;
-    let mounts: Vec<&PathBuf> = match layout {
-        Layout::V1(controllers) => controllers.iter().map(|controller| &controller.mount).collect(),
-        Layout::V2(mount) => vec![mount],
-    };
-    for mount in mounts {
-        let root = open_root(mount)?;
-        match open_directory(root.as_fd(), &component) {
-            Err(Errno::NOENT) => {}
-            Err(errno) => {
-                return Err(CgroupError::Step {
-                    path: name.to_owned(),
-                    source: StepError { step: "open a group to sweep", errno },
-                });
-            }
-            Ok(_) => sweep_group(root.as_fd(), &component, name)?,
-        }
-    }
-    Ok(())
-}
-
-/// Sweeps one group with all below it.
-fn sweep_group(parent: BorrowedFd<'_>, name: &CString, path: &str) -> Result<(), CgroupError> {
-    let fail = |step| move |errno| CgroupError::Step { path: path.to_owned(), source: StepError { step, errno } };
-    let directory = open_directory(parent, name).map_err(fail("open a group to sweep"))?;
-    for entry in rustix::fs::Dir::read_from(&directory).map_err(fail("list a group"))? {
-        let entry = entry.map_err(fail("list a group"))?;
-        let entry_name = entry.file_name();
-        if entry.file_type() == rustix::fs::FileType::Directory && entry_name != c"." && entry_name != c".." {
-            sweep_group(directory.as_fd(), &entry_name.to_owned(), &format!("{path}/{}", entry_name.to_string_lossy()))?;
-        }
-    }
-    let deadline = Instant::now() + SWEEP_WAIT;
-    loop {
-        kill_and_wait(directory.as_fd(), path, deadline)?;
-        match rustix::fs::unlinkat(parent, &**name, AtFlags::REMOVEDIR) {
-            Ok(()) | Err(Errno::NOENT) => return Ok(()),
-            // A process leaves its group a moment after it has left the list of it.
-            Err(Errno::BUSY) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
-            Err(errno) => return Err(fail("remove a group")(errno)),
-        }
-    }
-}
-
-/// Kills until nobody is left: a process may fork between the look at the list and the signal.
-fn kill_and_wait(directory: BorrowedFd<'_>, path: &str, deadline: Instant) -> Result<(), CgroupError> {
-    loop {
-        let fail = |step| move |errno| CgroupError::Step { path: path.to_owned(), source: StepError { step, errno } };
-        let pids = processes(directory).map_err(fail("read the processes of a group"))?;
-        if pids.is_empty() {
-            return Ok(());
-        }
-        for pid in pids {
-            let Ok(pidfd) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else { continue };
-            // The pid may have been given to somebody else since the list was read: with the handle in hand it is looked at again.
-            if !processes(directory).map_err(fail("read the processes of a group"))?.contains(&pid) {
-                continue;
-            }
-            pidfd_signal(pidfd.as_fd(), libc::SIGKILL).or_else(already_gone).map_err(fail("kill a process of a group"))?;
-            let left = deadline.saturating_duration_since(Instant::now());
-            let left = rustix::event::Timespec::try_from(left).unwrap_or_default();
-            pidfd_ended(pidfd.as_fd(), Some(left)).map_err(fail("wait for a process of a group"))?;
-        }
-        if Instant::now() >= deadline {
-            return Err(CgroupError::StillPopulated { path: path.to_owned() });
-        }
-    }
-}
-
-/// Sends SIGKILL to every process of a group: in one write where the kernel has `cgroup.kill` (v2 since 5.14), else one by one.
-fn kill_all(directory: BorrowedFd<'_>) -> Result<(), StepError> {
-    let step = "kill the processes of a control group";
-    match write(directory, "cgroup.kill", "1", step) {
-        Err(StepError { errno: Errno::NOENT, .. }) => {}
-        other => return other,
-    }
-    for pid in processes(directory).map_err(|errno| StepError { step, errno })? {
-        if let Ok(pidfd) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
-            pidfd_signal(pidfd.as_fd(), libc::SIGKILL).or_else(already_gone).map_err(|errno| StepError { step, errno })?;
-        }
-    }
-    Ok(())
-}
-
-fn already_gone(errno: Errno) -> Result<(), Errno> {
-    if errno == Errno::SRCH { Ok(()) } else { Err(errno) }
-}
-
-/// The processes in a group itself, not in groups below.
-fn processes(directory: BorrowedFd<'_>) -> Result<Vec<Pid>, Errno> {
-    let file = open_file(directory, "cgroup.procs", OFlags::RDONLY)?;
-    let text = std::io::read_to_string(std::fs::File::from(file)).map_err(|error| errno_of(&error))?;
-    // 0 stands for a process outside of our pid namespace, which cannot be named.
-    Ok(text.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)).collect())
-}
-
 /// One component of a path, not hidden, without a blank or a slash.
 fn component(name: &str) -> Result<CString, CgroupError> {
     let fits = !name.is_empty()
@@ -453,14 +461,22 @@ fn component(name: &str) -> Result<CString, CgroupError> {
     CString::new(name).map_err(|_| CgroupError::Name(name.to_owned()))
 }
 
-fn open_root(mount: &PathBuf) -> Result<OwnedFd, CgroupError> {
+/// Removes an empty group; one that is gone is fine.
+fn remove_directory(parent: BorrowedFd<'_>, name: &CString) -> Result<(), Errno> {
+    match rustix::fs::unlinkat(parent, &**name, AtFlags::REMOVEDIR) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(errno),
+    }
+}
+
+fn open_root(mount: &Path) -> Result<OwnedFd, CgroupError> {
     rustix::fs::open(mount, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
         CgroupError::Step { path: mount.display().to_string(), source: StepError { step: "open the mount", errno } }
     })
 }
 
-/// Makes and opens the top group beneath the root of a mount.
-fn make_top(mount: &PathBuf, name: &str) -> Result<(OwnedFd, OwnedFd), CgroupError> {
+/// Makes and opens the top group in a directory.
+fn make_top(mount: &Path, name: &str) -> Result<(OwnedFd, OwnedFd), CgroupError> {
     let fail = |step| move |errno| CgroupError::Step { path: name.to_owned(), source: StepError { step, errno } };
     let root = open_root(mount)?;
     let component = component(name)?;

@@ -3,8 +3,9 @@
 //! ```text
 //! born by the zygote's clone3 in new mount, pid, uts and ipc namespaces, in the network namespace that the zygote prepared
 //!   cgroup ─ root attached ─ planned files ─ /dev /proc /sys ─ pivot ─ masks ─ host name ─ sockets sent ─ working directory
-//!   ─ limits ─ bounding set ─ no_new_privs ─ filter ─ vfork ┬ stdio, ids, capabilities, exec: the image's process
-//!                                                           └ Executed sent, all descriptors closed, capabilities dropped but KILL
+//!   ─ limits ─ bounding set ─ no_new_privs unless switched off
+//!   ─ filter ─ vfork ┬ stdio, ids, capabilities, exec: the image's process
+//!                    └ Executed sent, all descriptors closed, capabilities dropped but KILL
 //!   ─ waits for signals: reaps orphans, forwards the stop signal ─ main process ended: its status to the shared page, exit
 //! ```
 //! From clone to exec nothing here allocates or locks; what needs an allocation was made by the zygote ([`Prepared`]).
@@ -22,18 +23,21 @@ use rustix::thread::{CapabilitySet, UnshareFlags};
 use crate::clone::{VforkStack, vfork};
 use crate::mount::{self, INERT, Tmpfs};
 use crate::program::{Program, c_string};
-use crate::protocol::{DESCRIPTORS_MAX, InitMessage, InitStep, LISTENERS_MAX, RevisionSpec, SocketCounts, Streams, WindowSize};
+use crate::protocol::{DESCRIPTORS_MAX, InitMessage, InitStep, LISTENERS_MAX, SocketCounts, Streams, WindowSize};
 use crate::seccomp::Filter;
 use crate::signals::{self, FORWARD, SignalSet};
 use crate::step::StepError;
 use crate::title::Title;
 use crate::userns::{self, IdRange};
+use crate::zygote::Plan;
 use crate::{cgroup, fds, netns, terminal};
 
 /// What a place in the shared page holds until the init has written its main process's wait status: no wait status looks like it.
 pub(crate) const NO_STATUS: i32 = i32::MIN;
 /// What it holds from the moment on when the program runs and the init has given up its powers: commands may come in.
 pub(crate) const RUNNING: i32 = i32::MIN + 1;
+/// Stands beside a wait status, which has 16 bits, where the writable layer had no room left when the main process ended.
+pub(crate) const FULL: i32 = 1 << 16;
 /// Where the zygote's root has an empty directory for the instance's root.
 pub(crate) const ROOT_PLACE: &CStr = c"/root";
 /// Room of `/dev/shm`, as Docker's default. Its pages count towards the memory limit.
@@ -60,7 +64,11 @@ pub(crate) struct Prepared {
     /// Instead of the streams that come with a start.
     terminal: Option<WindowSize>,
     read_only_root: bool,
+    no_new_privileges: bool,
     stop_signal: i32,
+    open_files: u64,
+    /// Most processes in the user namespace, where no control group limits them.
+    processes: Option<u64>,
 }
 
 /// Who a program runs as.
@@ -99,8 +107,9 @@ struct PreparedFile {
 }
 
 impl Prepared {
-    /// From a checked specification.
-    pub(crate) fn new(spec: &RevisionSpec, ids: IdRange, filter: Filter, title: Title) -> Self {
+    /// From a plan with a checked specification.
+    pub(crate) fn new(plan: &Plan<'_>, filter: Filter) -> Self {
+        let Plan { spec, ids, title, processes, .. } = *plan;
         let files = spec.files.iter().map(|file| {
             let mut places = places(&file.path);
             let place = places.pop().unwrap_or(Place { parent: c".".to_owned(), name: c".".to_owned() });
@@ -124,7 +133,10 @@ impl Prepared {
                 Streams::Log | Streams::Call => None,
             },
             read_only_root: spec.isolation.read_only,
+            no_new_privileges: spec.isolation.no_new_privileges,
             stop_signal: spec.stop_signal.number().into(),
+            open_files: spec.limits.open_files.into(),
+            processes: processes.map(u64::from),
         }
     }
 
@@ -210,13 +222,19 @@ pub(crate) fn run(prepared: &Prepared, start: Start<'_>) -> ! {
     }
     status.store(RUNNING, Ordering::Release);
     let wait_status = watch(main, prepared.stop_signal);
-    status.store(wait_status, Ordering::Release);
+    let full = if !prepared.read_only_root && is_full() { FULL } else { 0 };
+    status.store(wait_status | full, Ordering::Release);
     exit(0)
 }
 
 pub(crate) fn exit(code: i32) -> ! {
     // SAFETY: ends this process without running anything of its parent's that the copy of its memory holds.
     unsafe { libc::_exit(code) }
+}
+
+/// Whether the writable layer has no room left, for bytes or for files.
+fn is_full() -> bool {
+    rustix::fs::statfs(c"/").is_ok_and(|room| room.f_bavail == 0 || room.f_ffree == 0)
 }
 
 /// All before the program; returns what its streams are that were not given: the slave end of its terminal, or `/dev/null` inside.
@@ -253,14 +271,28 @@ pub(crate) fn send_terminal(daemon: BorrowedFd<'_>, size: WindowSize, owner: Uid
     Ok(made.slave)
 }
 
-/// What no program of an instance can undo, whether it is its first or a later one: no core files, a filter, powers that are gone.
+/// What no program of an instance can undo, whether it is its first or a later one: no core files, a bound on open files, a filter, powers that
+/// are gone.
 pub(crate) fn confine(prepared: &Prepared) -> Result<(), Failed> {
     let privileges = at(InitStep::Privileges);
     // Not 0, which a piped core_pattern ignores (core(5)); no core fits into one byte.
     rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(1), maximum: Some(1) }).map_err(&privileges)?;
+    // Soft and hard: programs that close every descriptor they may have, or make a table of them, find the number that was meant. The
+    // server's own hard limit stays above all.
+    let most = rustix::process::getrlimit(Resource::Nofile).maximum;
+    let most = Some(most.map_or(prepared.open_files, |most| most.min(prepared.open_files)));
+    rustix::process::setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).map_err(&privileges)?;
+    if prepared.processes.is_some() {
+        let most = prepared.processes;
+        rustix::process::setrlimit(Resource::Nproc, Rlimit { current: most, maximum: most }).map_err(&privileges)?;
+    }
     not_dumpable()?;
     userns::drop_bounding(userns::KEPT).map_err(during(InitStep::Privileges))?;
-    userns::no_new_privs().map_err(during(InitStep::Privileges))?;
+    // Without it setuid bits and file capabilities give what the bounding set holds. The filter needs it, or CAP_SYS_ADMIN, which ends with
+    // the exec.
+    if prepared.no_new_privileges {
+        userns::no_new_privs().map_err(during(InitStep::Privileges))?;
+    }
     prepared.filter.install().map_err(during(InitStep::Seccomp))
 }
 
@@ -474,7 +506,7 @@ pub(crate) fn become_person(person: &Person) -> Result<(), Failed> {
 fn watch(main: i32, stop_signal: i32) -> i32 {
     let all = SignalSet::all();
     loop {
-        while let Some((pid, status)) = signals::reap_any() {
+        while let Some(signals::Reaped { pid, status, .. }) = signals::reap_any() {
             if pid == main {
                 return status;
             }

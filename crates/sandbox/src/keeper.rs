@@ -37,7 +37,7 @@ use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
-use rustix::process::Resource;
+use rustix::process::{Resource, Rlimit};
 
 use crate::cgroup::{CgroupError, Hierarchy, Layout};
 use crate::clone::{Cloned, clone3};
@@ -72,6 +72,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(5);
 const DEATHS_MAX: u32 = 10;
 /// Messages of one peer handled before the others get their turn.
 const TURN_MESSAGES: usize = 32;
+/// Most open files that an instance can ask for (`fs.nr_open` as the kernel starts with it).
+const OPEN_FILES_MAX: u64 = 1_048_576;
 /// Events taken from the kernel at once.
 const EVENTS: usize = 64;
 
@@ -289,8 +291,9 @@ impl Keeper {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(at("make an epoll"))?;
         epoll::add(&epoll, &signals, EventData::new_u64(TOKEN_SIGNALS), EventFlags::IN).map_err(at("watch signals"))?;
         let cgroups = open_cgroups(&data.id, &mode, settings.log)?;
-        for missing in cgroups.missing() {
-            (settings.log)(&format!("control groups here have no {missing}: instances run without it"));
+        if !cgroups.missing().is_empty() {
+            let missing = cgroups.missing().join(", no ");
+            (settings.log)(&format!("control groups here have no {missing}: instances run without"));
         }
         match mounts.left_from_before(data.layers.as_fd()) {
             Ok(devices) if devices.is_empty() => {}
@@ -626,22 +629,32 @@ impl Keeper {
 
 /// An ordinary user may have no control group to put instances in: then there are none.
 fn open_cgroups(id: &str, mode: &Mode, log: fn(&str)) -> Result<Hierarchy, KeeperError> {
-    let opened = Layout::detect().and_then(|layout| Hierarchy::open(&layout, &format!("funtainer-{id}")));
+    let name = format!("funtainer-{id}");
+    let opened = Layout::detect().and_then(|layout| {
+        let settled = layout.settle(&name);
+        for note in &settled.notes {
+            log(note);
+        }
+        Hierarchy::open(&settled.layout, &name)
+    });
     match opened {
         Err(error) if mode.is_rootless() => {
-            log(&format!(
-                "no control group is delegated to this user ({error}): memory and CPU of instances are not limited, but for their writable files \
-                 and the number of their processes"
-            ));
-            Ok(Hierarchy::none())
+            log(&format!("no control group is delegated to this user ({error})"));
+            Ok(Hierarchy::absent())
         }
         other => Ok(other?),
     }
 }
 
-/// An instance costs the keeper some descriptors, and the usual soft limit of 1,024 is for programs that use select(2).
+/// An instance costs the keeper some descriptors, and the usual soft limit of 1,024 is for programs that use select(2). The hard limit is raised
+/// as far as instances may ask for, where that is allowed (CAP_SYS_RESOURCE): theirs cannot be above it.
 fn raise_descriptors() -> Result<(), Errno> {
-    let mut limit = rustix::process::getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    rustix::process::setrlimit(Resource::Nofile, limit)
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.map(|maximum| maximum.max(OPEN_FILES_MAX));
+    match rustix::process::setrlimit(Resource::Nofile, Rlimit { current: wanted, maximum: wanted }) {
+        Err(Errno::PERM) => {
+            rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum })
+        }
+        other => other,
+    }
 }

@@ -65,13 +65,25 @@ pub struct Tmpfs {
     pub attributes: MountAttrFlags,
 }
 
+/// One file of a tmpfs for so many bytes of its room. A file that is empty costs the kernel about 1 KiB, its entry in an overlay as much
+/// again: all of them together are bounded by about the room. Without a number of their own they are bounded by half the machine's memory.
+const BYTES_PER_INODE: u64 = 2048;
+/// Fewest files of a tmpfs.
+const INODES_MIN: u64 = 256;
+
 /// A new tmpfs, attached nowhere yet.
 ///
 /// Neither allocates nor locks: may be called between clone and exec.
 pub fn tmpfs(options: &Tmpfs) -> Result<OwnedFd, StepError> {
     let context = open(c"tmpfs", "fsopen tmpfs")?;
     let mut digits = Digits::new();
-    for (key, value) in [(c"size", options.size_bytes), (c"uid", u64::from(options.uid)), (c"gid", u64::from(options.gid))] {
+    let inodes = (options.size_bytes / BYTES_PER_INODE).max(INODES_MIN);
+    for (key, value) in [
+        (c"size", options.size_bytes),
+        (c"nr_inodes", inodes),
+        (c"uid", u64::from(options.uid)),
+        (c"gid", u64::from(options.gid)),
+    ] {
         fsconfig_set_string(&context, key, digits.decimal(value)).map_err(at("set an option of a tmpfs"))?;
     }
     fsconfig_set_string(&context, c"mode", digits.octal(u64::from(options.mode))).map_err(at("set the mode of a tmpfs"))?;

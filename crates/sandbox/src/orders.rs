@@ -1,11 +1,13 @@
 //! The protocol between the keeper and its zygotes: fixed datagrams over one seqpacket pair per zygote.
 //!
 //! ```text
-//! kind u8 │ zero u8 × 3 │ value i32 │ instance or command 16 bytes │ text (of the failures only, at most 96 bytes)
+//! kind u8 │ zero u8 × 3 │ value i32 │ instance or command 16 bytes │ of the failures: text, at most 96 bytes
+//!                                                                  │ of Exited: memory u64 │ processor time u64 │ full u8
 //! ```
-//! Descriptors of `Spawn`: root file system, init pair, stdin where it is given, stdout, stderr, then the doors of the cgroups. `MoreSockets`: the pair.
+//! Descriptors of `Spawn`: root file system, init pair, stdin where it is given, stdout, stderr, then the entrance to the cgroups. `MoreSockets`: the pair.
 //! `Exec`: a sealed memory file with the `Exec` request, the command's pair, its three streams unless it has a terminal, the namespaces of
-//! [`NAMESPACES`], then the doors of the cgroups. `Spawned`: the init's pidfd. The others carry none. Both sides are one process image, yet the keeper checks what it reads: a zygote
+//! [`NAMESPACES`], then the entrance. The entrance is the directory of the cgroup to be born in (value 1), or the doors of the cgroups to enter
+//! (value 0). `Spawned`: the init's pidfd. The others carry none. Both sides are one process image, yet the keeper checks what it reads: a zygote
 //! shares a kernel with what it started.
 
 use funtainer_model::{ExecId, InstanceId};
@@ -34,11 +36,21 @@ pub(crate) enum Order {
     /// The id maps are written: set up.
     SetUp,
     /// Start an instance.
-    Spawn(InstanceId),
+    Spawn {
+        /// Which.
+        instance: InstanceId,
+        /// Whether it is born in its cgroup; else it enters it.
+        born: bool,
+    },
     /// Make sockets in an instance's network.
     MoreSockets(InstanceId),
-    /// Start a command in this instance.
-    Exec(InstanceId),
+    /// Start a command in an instance.
+    Exec {
+        /// Which.
+        instance: InstanceId,
+        /// Whether it is born in the instance's cgroup; else it enters it.
+        born: bool,
+    },
     /// Send a signal to a command.
     SignalExec { exec: ExecId, signal: i32 },
 }
@@ -54,8 +66,8 @@ pub(crate) enum Report {
     Spawned(InstanceId),
     /// There is no init; what came with the order is closed.
     SpawnFailed { instance: InstanceId, errno: i32, step: String },
-    /// The init is reaped, with the wait status of its main process.
-    Exited { instance: InstanceId, status: i32 },
+    /// The init is reaped.
+    Exited { instance: InstanceId, end: End },
     /// The sockets are sent, or could not be made (errno).
     Sockets { instance: InstanceId, errno: i32 },
     /// A command is on its way into its instance.
@@ -70,6 +82,42 @@ pub(crate) enum Report {
     ExecLost(ExecId),
 }
 
+/// What a zygote knows of the end of an instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct End {
+    /// The wait status of its main process.
+    pub(crate) status: i32,
+    /// Most memory that one of its processes had at once, in bytes; those that were reaped within it (getrusage(2), `ru_maxrss`).
+    pub(crate) memory_bytes: u64,
+    /// Processor time of these processes together in microseconds.
+    pub(crate) cpu_us: u64,
+    /// Whether its writable layer had no room left.
+    pub(crate) full: bool,
+}
+
+impl End {
+    const BYTES: usize = 17;
+
+    fn encode(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[..8].copy_from_slice(&self.memory_bytes.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.cpu_us.to_le_bytes());
+        bytes[16] = self.full.into();
+        bytes
+    }
+
+    fn decode(status: i32, bytes: &[u8]) -> Option<Self> {
+        let bytes: &[u8; Self::BYTES] = bytes.try_into().ok()?;
+        let number = |at: usize| Some(u64::from_le_bytes(bytes[at..at + 8].try_into().ok()?));
+        let full = match bytes[16] {
+            0 => false,
+            1 => true,
+            _ => return None,
+        };
+        Some(Self { status, memory_bytes: number(0)?, cpu_us: number(8)?, full })
+    }
+}
+
 /// A datagram with its length.
 pub(crate) struct Datagram {
     bytes: [u8; DATAGRAM_BYTES],
@@ -78,14 +126,17 @@ pub(crate) struct Datagram {
 
 impl Datagram {
     fn new(kind: u8, value: i32, id: [u8; 16], text: &str) -> Self {
+        // The texts are our own, in ASCII.
+        Self::with(kind, value, id, &text.as_bytes()[..text.len().min(TEXT_BYTES)])
+    }
+
+    fn with(kind: u8, value: i32, id: [u8; 16], tail: &[u8]) -> Self {
         let mut bytes = [0; DATAGRAM_BYTES];
         bytes[0] = kind;
         bytes[4..8].copy_from_slice(&value.to_le_bytes());
         bytes[8..FIXED_BYTES].copy_from_slice(&id);
-        // The texts are our own, in ASCII.
-        let text = &text.as_bytes()[..text.len().min(TEXT_BYTES)];
-        bytes[FIXED_BYTES..FIXED_BYTES + text.len()].copy_from_slice(text);
-        Self { bytes, length: FIXED_BYTES + text.len() }
+        bytes[FIXED_BYTES..FIXED_BYTES + tail.len()].copy_from_slice(tail);
+        Self { bytes, length: FIXED_BYTES + tail.len() }
     }
 
     pub(crate) fn as_bytes(&self) -> &[u8] {
@@ -98,15 +149,14 @@ struct Fields<'a> {
     kind: u8,
     value: i32,
     id: [u8; 16],
-    text: &'a str,
+    tail: &'a [u8],
 }
 
 impl<'a> Fields<'a> {
     fn parse(bytes: &'a [u8]) -> Option<Self> {
-        let (fixed, text) = bytes.split_first_chunk::<FIXED_BYTES>()?;
+        let (fixed, tail) = bytes.split_first_chunk::<FIXED_BYTES>()?;
         let [kind, 0, 0, 0, v0, v1, v2, v3, id @ ..] = *fixed else { return None };
-        let text = std::str::from_utf8(text).ok().filter(|text| text.len() <= TEXT_BYTES)?;
-        Some(Self { kind, value: i32::from_le_bytes([v0, v1, v2, v3]), id, text })
+        (tail.len() <= TEXT_BYTES).then_some(Self { kind, value: i32::from_le_bytes([v0, v1, v2, v3]), id, tail })
     }
 }
 
@@ -117,22 +167,22 @@ impl Order {
     pub(crate) fn encode(self) -> Datagram {
         match self {
             Self::SetUp => Datagram::new(1, 0, NOBODY, ""),
-            Self::Spawn(instance) => Datagram::new(2, 0, instance.to_bytes(), ""),
+            Self::Spawn { instance, born } => Datagram::new(2, born.into(), instance.to_bytes(), ""),
             Self::MoreSockets(instance) => Datagram::new(3, 0, instance.to_bytes(), ""),
-            Self::Exec(instance) => Datagram::new(4, 0, instance.to_bytes(), ""),
+            Self::Exec { instance, born } => Datagram::new(4, born.into(), instance.to_bytes(), ""),
             Self::SignalExec { exec, signal } => Datagram::new(5, signal, exec.to_bytes(), ""),
         }
     }
 
     /// `None` for what is no order.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
-        let Fields { kind, value, id, text: "" } = Fields::parse(bytes)? else { return None };
+        let Fields { kind, value, id, tail: b"" } = Fields::parse(bytes)? else { return None };
         let instance = InstanceId::from_bytes(id);
         match (kind, value) {
             (1, 0) => Some(Self::SetUp),
-            (2, 0) => Some(Self::Spawn(instance)),
+            (2, 0 | 1) => Some(Self::Spawn { instance, born: value == 1 }),
             (3, 0) => Some(Self::MoreSockets(instance)),
-            (4, 0) => Some(Self::Exec(instance)),
+            (4, 0 | 1) => Some(Self::Exec { instance, born: value == 1 }),
             (5, signal) => Some(Self::SignalExec { exec: ExecId::from_bytes(id), signal }),
             _ => None,
         }
@@ -146,7 +196,7 @@ impl Report {
             Self::SetUpFailed { errno, step } => Datagram::new(18, *errno, NOBODY, step),
             Self::Spawned(instance) => Datagram::new(19, 0, instance.to_bytes(), ""),
             Self::SpawnFailed { instance, errno, step } => Datagram::new(20, *errno, instance.to_bytes(), step),
-            Self::Exited { instance, status } => Datagram::new(21, *status, instance.to_bytes(), ""),
+            Self::Exited { instance, end } => Datagram::with(21, end.status, instance.to_bytes(), &end.encode()),
             Self::Sockets { instance, errno } => Datagram::new(22, *errno, instance.to_bytes(), ""),
             Self::ExecSpawned(exec) => Datagram::new(23, 0, exec.to_bytes(), ""),
             Self::ExecNotSpawned { exec, errno, step } => Datagram::new(24, *errno, exec.to_bytes(), step),
@@ -163,17 +213,18 @@ impl Report {
 
     /// `None` for what is no report, or comes with another number of descriptors than belongs to it.
     pub(crate) fn decode(bytes: &[u8], descriptors: usize) -> Option<Self> {
-        let Fields { kind, value, id, text } = Fields::parse(bytes)?;
+        let Fields { kind, value, id, tail } = Fields::parse(bytes)?;
+        let text = || std::str::from_utf8(tail).ok().map(ToOwned::to_owned);
         let (instance, exec) = (InstanceId::from_bytes(id), ExecId::from_bytes(id));
         let report = match kind {
             17 => Self::Ready,
-            18 => Self::SetUpFailed { errno: value, step: text.to_owned() },
+            18 => Self::SetUpFailed { errno: value, step: text()? },
             19 => Self::Spawned(instance),
-            20 => Self::SpawnFailed { instance, errno: value, step: text.to_owned() },
-            21 => Self::Exited { instance, status: value },
+            20 => Self::SpawnFailed { instance, errno: value, step: text()? },
+            21 => Self::Exited { instance, end: End::decode(value, tail)? },
             22 => Self::Sockets { instance, errno: value },
             23 => Self::ExecSpawned(exec),
-            24 => Self::ExecNotSpawned { exec, errno: value, step: text.to_owned() },
+            24 => Self::ExecNotSpawned { exec, errno: value, step: text()? },
             25 => Self::ExecSignalled { exec, errno: value },
             26 => Self::ExecEnded { exec, status: value },
             27 => Self::ExecLost(exec),
@@ -199,6 +250,15 @@ mod tests {
         any::<[u8; 16]>().prop_map(ExecId::from_bytes)
     }
 
+    fn end() -> impl Strategy<Value = End> {
+        any::<(i32, u64, u64, bool)>().prop_map(|(status, memory_bytes, cpu_us, full)| End {
+            status,
+            memory_bytes,
+            cpu_us,
+            full,
+        })
+    }
+
     fn report() -> impl Strategy<Value = Report> {
         let step = "[a-z ]{0,96}";
         prop_oneof![
@@ -206,7 +266,7 @@ mod tests {
             (any::<i32>(), step).prop_map(|(errno, step)| Report::SetUpFailed { errno, step }),
             instance().prop_map(Report::Spawned),
             (instance(), any::<i32>(), step).prop_map(|(instance, errno, step)| Report::SpawnFailed { instance, errno, step }),
-            (instance(), any::<i32>()).prop_map(|(instance, status)| Report::Exited { instance, status }),
+            (instance(), end()).prop_map(|(instance, end)| Report::Exited { instance, end }),
             (instance(), any::<i32>()).prop_map(|(instance, errno)| Report::Sockets { instance, errno }),
             exec().prop_map(Report::ExecSpawned),
             (exec(), any::<i32>(), step).prop_map(|(exec, errno, step)| Report::ExecNotSpawned { exec, errno, step }),
@@ -226,9 +286,14 @@ mod tests {
         }
 
         #[test]
-        fn orders_round_trip(instance in instance(), exec in exec(), signal in any::<i32>()) {
-            let signal = Order::SignalExec { exec, signal };
-            for order in [Order::SetUp, Order::Spawn(instance), Order::MoreSockets(instance), Order::Exec(instance), signal] {
+        fn orders_round_trip(instance in instance(), exec in exec(), signal in any::<i32>(), born in any::<bool>()) {
+            for order in [
+                Order::SetUp,
+                Order::Spawn { instance, born },
+                Order::MoreSockets(instance),
+                Order::Exec { instance, born },
+                Order::SignalExec { exec, signal },
+            ] {
                 prop_assert_eq!(Order::decode(order.encode().as_bytes()), Some(order));
             }
         }

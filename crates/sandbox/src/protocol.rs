@@ -349,9 +349,12 @@ pub struct ExitRecord {
     pub status: Option<i32>,
     /// Whether the cgroup saw an out-of-memory kill.
     pub out_of_memory: bool,
-    /// Highest memory use in bytes, 0 where unknown.
+    /// Whether its writable layer had no room left for bytes or files when its main process ended.
+    pub writable_full: bool,
+    /// Highest memory use in bytes, 0 where unknown. Where no cgroup counts it (v2 before 5.19, no cgroup): the most that one of its
+    /// processes had, or what its files still take, if that is more.
     pub memory_peak: u64,
-    /// CPU time in microseconds, 0 where unknown.
+    /// CPU time in microseconds, 0 where unknown. Without a cgroup, that of the processes that were reaped in it.
     pub cpu_us: u64,
 }
 

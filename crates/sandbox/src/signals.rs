@@ -114,12 +114,31 @@ pub(crate) fn forward(init: BorrowedFd<'_>, signal: i32) -> Result<(), Errno> {
     checked(result).map(drop)
 }
 
-/// Reaps any child that has ended, whatever signal it was to raise: its pid and raw wait status. `None` if there is none.
-pub(crate) fn reap_any() -> Option<(i32, i32)> {
+/// A child that has ended.
+pub(crate) struct Reaped {
+    pub(crate) pid: i32,
+    /// Raw wait status.
+    pub(crate) status: i32,
+    /// Most memory that it, or a process that it had reaped, had at once, in bytes.
+    pub(crate) memory_bytes: u64,
+    /// Processor time of it and of all that it had reaped, in microseconds.
+    pub(crate) cpu_us: u64,
+}
+
+/// Reaps any child that has ended, whatever signal it was to raise. `None` if there is none.
+pub(crate) fn reap_any() -> Option<Reaped> {
     let mut status = 0;
-    // SAFETY: the integer is live.
-    let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG | libc::__WALL) };
-    (pid > 0).then_some((pid, status))
+    let mut usage = MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: integer and structure are live; the kernel fills the latter, in which zeros are valid too.
+    let (pid, usage) =
+        unsafe { (libc::wait4(-1, &raw mut status, libc::WNOHANG | libc::__WALL, usage.as_mut_ptr()), usage.assume_init()) };
+    let microseconds = |time: libc::timeval| time.tv_sec as u64 * 1_000_000 + time.tv_usec as u64;
+    (pid > 0).then(|| Reaped {
+        pid,
+        status,
+        memory_bytes: (usage.ru_maxrss as u64) << 10,
+        cpu_us: microseconds(usage.ru_utime) + microseconds(usage.ru_stime),
+    })
 }
 
 /// A descriptor that becomes readable when one of the signals, which must be blocked, is pending.

@@ -85,6 +85,21 @@ pub(crate) fn make_with<E: From<StepError>>(write: impl FnOnce(i32) -> Result<()
     Ok(namespace.into())
 }
 
+/// The user of this process as the host sees it, or the namespace above: root of an ordinary user's namespace is that user there.
+pub fn outer_uid() -> u32 {
+    let id = rustix::process::geteuid().as_raw();
+    outer_of(id, &std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default())
+}
+
+fn outer_of(id: u32, map: &str) -> u32 {
+    let mut outer = map.lines().filter_map(|line| {
+        let mut numbers = line.split_ascii_whitespace().map_while(|number| number.parse::<u32>().ok());
+        let (inside, outside, count) = (numbers.next()?, numbers.next()?, numbers.next()?);
+        id.checked_sub(inside).filter(|offset| *offset < count).map(|offset| outside + offset)
+    });
+    outer.next().unwrap_or(id)
+}
+
 /// Writes `/proc/PID/FILE` in one write, as the id maps ask for.
 pub(crate) fn write_proc(pid: i32, file: &str, bytes: &[u8]) -> Result<(), Errno> {
     let open = std::fs::OpenOptions::new().write(true).open(format!("/proc/{pid}/{file}"));
@@ -233,6 +248,15 @@ mod tests {
         let maps: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
         let map = vec!["0".to_owned(), TEST_BASE.to_string(), IDS.to_string()];
         assert_eq!(maps, vec![map.clone(), map]);
+    }
+
+    #[test]
+    fn root_of_a_namespace_is_who_he_is_above() {
+        let first = "         0          0 4294967295\n";
+        assert_eq!((outer_of(0, first), outer_of(1000, first)), (0, 1000));
+        let own = "         0       1000          1\n         1     100000      65536\n";
+        assert_eq!((outer_of(0, own), outer_of(2, own)), (1000, 100_001));
+        assert_eq!((outer_of(70_000, own), outer_of(70_000, "no map")), (70_000, 70_000));
     }
 
     #[test]

@@ -23,14 +23,14 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
-use crate::clone::{Cloned, clone3};
+use crate::clone::{Cloned, clone3_into};
 use crate::fds::{self, Fds};
-use crate::init::{self, NO_STATUS, Prepared, RUNNING, Start};
+use crate::init::{self, FULL, NO_STATUS, Prepared, RUNNING, Start};
 use crate::mount::{self, Tmpfs};
-use crate::orders::{DATAGRAM_BYTES, NAMESPACES, Order, Report};
+use crate::orders::{DATAGRAM_BYTES, End, NAMESPACES, Order, Report};
 use crate::protocol::{ExecSpec, MESSAGE_BYTES_MAX, Request, RevisionSpec, SocketCounts, Streams};
 use crate::seccomp::{self, Filter};
-use crate::signals::{self, SignalSet};
+use crate::signals::{self, Reaped, SignalSet};
 use crate::step::{StepError, at, checked};
 use crate::title::Title;
 use crate::userns::{self, IdRange};
@@ -59,6 +59,10 @@ pub(crate) struct Plan<'a> {
     pub(crate) name: &'a str,
     /// The zygote's end of its pair.
     pub(crate) socket: BorrowedFd<'a>,
+    /// Most processes of all instances together, where no control group limits those of each.
+    pub(crate) processes: Option<u32>,
+    /// The control group that it is born in, where it has one.
+    pub(crate) group: Option<BorrowedFd<'a>>,
 }
 
 /// A zygote as its parent sees it.
@@ -74,7 +78,7 @@ pub(crate) struct Forked {
 /// No other thread may run in this process.
 pub(crate) unsafe fn fork(plan: &Plan<'_>) -> Result<Forked, Errno> {
     // SAFETY: the caller promises one thread; the child ends in `live`, which does not return.
-    match unsafe { clone3(OWN_NAMESPACES) }? {
+    match unsafe { clone3_into(OWN_NAMESPACES, plan.group) }? {
         Cloned::Parent { pid, pidfd } => Ok(Forked { pid, pidfd }),
         Cloned::Child => {
             // A panic must not unwind into the keeper's frames.
@@ -197,7 +201,7 @@ impl<'a> Zygote<'a> {
         minimal_root()?;
         let limit = rustix::fs::open("/proc/sys/user/max_user_namespaces", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
         limit.and_then(|file| rustix::io::write(file, b"0")).map_err(at("forbid nested user namespaces"))?;
-        let prepared = Prepared::new(plan.spec, plan.ids, Filter::compile(&seccomp::DEFAULT), plan.title);
+        let prepared = Prepared::new(plan, Filter::compile(&seccomp::DEFAULT));
         let statuses = Statuses::new(INSTANCES_MAX).map_err(at("map the shared page"))?;
         let pids = Statuses::new(EXECS_MAX).map_err(at("map the shared page"))?;
         // SAFETY: one thread, which reads neither arguments nor environment.
@@ -239,23 +243,24 @@ impl<'a> Zygote<'a> {
     /// Reports every child that has ended.
     fn reap(&mut self) -> Result<(), Errno> {
         while signals::next(self.signals.as_fd()).is_some() {}
-        while let Some((pid, status)) = signals::reap_any() {
-            match self.instances.iter().position(|instance| instance.pid == pid) {
-                Some(index) => self.instance_ended(index, status)?,
-                None => self.exec_child_ended(pid, status)?,
+        while let Some(reaped) = signals::reap_any() {
+            match self.instances.iter().position(|instance| instance.pid == reaped.pid) {
+                Some(index) => self.instance_ended(index, &reaped)?,
+                None => self.exec_child_ended(reaped.pid, reaped.status)?,
             }
         }
         Ok(())
     }
 
-    fn instance_ended(&mut self, index: usize, own_status: i32) -> Result<(), Errno> {
+    fn instance_ended(&mut self, index: usize, init: &Reaped) -> Result<(), Errno> {
         let instance = self.instances.swap_remove(index);
         // An init that was killed wrote nothing: how it ended is how all of it ended.
-        let status = match self.statuses.give_back(instance.place) {
-            NO_STATUS | RUNNING => own_status,
-            status => status,
+        let (status, full) = match self.statuses.give_back(instance.place) {
+            NO_STATUS | RUNNING => (init.status, false),
+            told => (told & !FULL, told & FULL != 0),
         };
-        report(self.socket, &Report::Exited { instance: instance.id, status }, &[])
+        let end = End { status, memory_bytes: init.memory_bytes, cpu_us: init.cpu_us, full };
+        report(self.socket, &Report::Exited { instance: instance.id, end }, &[])
     }
 
     /// A helper, or what one has made.
@@ -311,16 +316,16 @@ impl<'a> Zygote<'a> {
             Ok(None) | Err(_) => return Err(Errno::PIPE),
         };
         match Order::decode(&buffer[..received.bytes]) {
-            Some(Order::Spawn(instance)) => self.spawn(instance, received.fds),
+            Some(Order::Spawn { instance, born }) => self.spawn(instance, born, received.fds),
             Some(Order::MoreSockets(instance)) => self.more_sockets(instance, received.fds),
-            Some(Order::Exec(instance)) => self.exec(instance, received.fds),
+            Some(Order::Exec { instance, born }) => self.exec(instance, born, received.fds),
             Some(Order::SignalExec { exec, signal }) => self.signal_exec(exec, signal),
             Some(Order::SetUp) | None => Err(Errno::PROTO),
         }
     }
 
-    fn spawn(&mut self, id: InstanceId, descriptors: Fds) -> Result<(), Errno> {
-        match self.try_spawn(id, descriptors) {
+    fn spawn(&mut self, id: InstanceId, born: bool, descriptors: Fds) -> Result<(), Errno> {
+        match self.try_spawn(id, born, descriptors) {
             Ok(pidfd) => {
                 report(self.socket, &Report::Spawned(id), &[pidfd.as_fd()])?;
                 // The next start has its network ready. A failure is met again, and told, when one comes.
@@ -335,7 +340,7 @@ impl<'a> Zygote<'a> {
         }
     }
 
-    fn try_spawn(&mut self, id: InstanceId, mut descriptors: Fds) -> Result<OwnedFd, StepError> {
+    fn try_spawn(&mut self, id: InstanceId, born: bool, mut descriptors: Fds) -> Result<OwnedFd, StepError> {
         let missing = || StepError { step: "take the descriptors of a start", errno: Errno::BADF };
         let mut taken = 0..;
         let mut next = || taken.next().and_then(|index| descriptors.take(index)).ok_or_else(missing);
@@ -345,6 +350,7 @@ impl<'a> Zygote<'a> {
             Streams::Call => [Some(next()?), Some(next()?), Some(next()?)],
             Streams::Terminal(_) => [None, None, None],
         };
+        let group = if born { Some(next()?) } else { None };
         let network = match self.spare.take() {
             Some(network) => network,
             None => new_network()?,
@@ -356,7 +362,7 @@ impl<'a> Zygote<'a> {
         let status = self.statuses.at(place);
         let prepared = network.prepared;
         // SAFETY: this process has one thread, and the child ends in `init::run`, which does not return.
-        match unsafe { clone3(INIT_NAMESPACES) } {
+        match unsafe { clone3_into(INIT_NAMESPACES, group.as_ref().map(AsFd::as_fd)) } {
             Ok(Cloned::Child) => {
                 let start = Start { root, daemon, streams, doors: descriptors, status, network: prepared };
                 // A panic must not unwind into the zygote's frames.
@@ -375,10 +381,10 @@ impl<'a> Zygote<'a> {
         }
     }
 
-    fn exec(&mut self, instance: InstanceId, mut descriptors: Fds) -> Result<(), Errno> {
+    fn exec(&mut self, instance: InstanceId, born: bool, mut descriptors: Fds) -> Result<(), Errno> {
         // The keeper encoded what it had checked: anything else here is a fault of one of us.
         let (exec, spec) = descriptors.take(0).and_then(|memory| read_exec(memory.as_fd(), instance)).ok_or(Errno::PROTO)?;
-        let answer = match self.try_exec(exec, instance, &spec, descriptors) {
+        let answer = match self.try_exec(exec, instance, born, &spec, descriptors) {
             Ok(()) => Report::ExecSpawned(exec),
             Err(StepError { step, errno }) => {
                 Report::ExecNotSpawned { exec, errno: errno.raw_os_error(), step: step.to_owned() }
@@ -387,7 +393,14 @@ impl<'a> Zygote<'a> {
         report(self.socket, &answer, &[])
     }
 
-    fn try_exec(&mut self, id: ExecId, instance: InstanceId, spec: &ExecSpec, mut descriptors: Fds) -> Result<(), StepError> {
+    fn try_exec(
+        &mut self,
+        id: ExecId,
+        instance: InstanceId,
+        born: bool,
+        spec: &ExecSpec,
+        mut descriptors: Fds,
+    ) -> Result<(), StepError> {
         let runs = |found: &Instance| self.statuses.at(found.place).load(Ordering::Acquire) == RUNNING;
         if !self.instances.iter().any(|found| found.id == instance && runs(found)) {
             return Err(StepError { step: "find a running instance", errno: Errno::SRCH });
@@ -402,13 +415,14 @@ impl<'a> Zygote<'a> {
             *namespace = Some(next()?);
         }
         let namespaces = namespaces.map(|namespace| namespace.expect("each was filled"));
+        let group = if born { Some(next()?) } else { None };
         let command = exec::Command::new(spec, self.prepared.ids());
         let Some(place) = self.pids.take() else {
             return Err(StepError { step: "find a place for a command", errno: Errno::USERS });
         };
         let pid = self.pids.at(place);
         // SAFETY: this process has one thread, and the child ends in `exec::help`, which does not return.
-        match unsafe { clone3(0) } {
+        match unsafe { clone3_into(0, group.as_ref().map(AsFd::as_fd)) } {
             Ok(Cloned::Child) => {
                 let parts = exec::Parts { daemon, streams, namespaces, doors: descriptors };
                 // A panic must not unwind into the zygote's frames.

@@ -83,7 +83,9 @@ async fn receive(mut frames: FrameReader<impl tokio::io::AsyncRead + Unpin>, mut
                 streams::bytes(&mut stderr, &bytes).await?;
             }
             // What the command itself says is not to drown in what is no news.
-            Some(Frame::Progress(step)) if matches!(step, Progress::Layer { .. }) => show.step(&step),
+            Some(Frame::Progress(step)) if matches!(step, Progress::Layer { .. } | Progress::Warning { .. }) => {
+                show.step(&step)
+            }
             Some(Frame::Progress(_)) => {}
             Some(Frame::End(end)) => return Ok(end),
             Some(Frame::Stdin(_) | Frame::StdinEnd) => anyhow::bail!("the server sent input instead of output"),

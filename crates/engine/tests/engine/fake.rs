@@ -306,7 +306,14 @@ impl Command {
 }
 
 fn report(exit: Exit) -> ExitReport {
-    ExitReport { exit, out_of_memory: false, memory_peak: None, cpu_us: None, stderr_tail: Bytes::from_static(b"the tail") }
+    ExitReport {
+        exit,
+        out_of_memory: false,
+        writable_full: false,
+        memory_peak: None,
+        cpu_us: None,
+        stderr_tail: Bytes::from_static(b"the tail"),
+    }
 }
 
 /// Lets other tasks go on until the condition holds. Time may pass, but only where nothing else can go on.

@@ -361,7 +361,14 @@ async fn read_some(pipe: Option<&mut pipe::Receiver>, buffer: &mut BytesMut) -> 
 async fn reaped(exit: &mut ExitFuture) -> ExitReport {
     match exit.wait_for(Option::is_some).await.as_deref() {
         Ok(Some(report)) => report.clone(),
-        _ => ExitReport { exit: Exit::Lost, out_of_memory: false, memory_peak: None, cpu_us: None, stderr_tail: Bytes::new() },
+        _ => ExitReport {
+            exit: Exit::Lost,
+            out_of_memory: false,
+            writable_full: false,
+            memory_peak: None,
+            cpu_us: None,
+            stderr_tail: Bytes::new(),
+        },
     }
 }
 

@@ -210,7 +210,14 @@ fn command(program: &str, stderr: Option<mpsc::Sender<Bytes>>, phases: StartPhas
         };
         drop((stdin, stdout));
         let stderr_tail = if fails { Bytes::from_static(b"it went wrong\n") } else { Bytes::new() };
-        let report = ExitReport { exit: Exit::Code(code), out_of_memory: false, memory_peak: None, cpu_us: None, stderr_tail };
+        let report = ExitReport {
+            exit: Exit::Code(code),
+            out_of_memory: false,
+            writable_full: false,
+            memory_peak: None,
+            cpu_us: None,
+            stderr_tail,
+        };
         ended.send_replace(Some(report));
     });
     Started { pid: 4712, phases, access: Access::Streams { stdin: stdin.into(), stdout: stdout.into() }, exit }

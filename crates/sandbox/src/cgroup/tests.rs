@@ -2,15 +2,17 @@
 
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
 
 use super::*;
-use crate::fds::Exit;
+use crate::clone::{Cloned, clone3_into};
+use crate::fds::{Exit, pidfd_ended};
 use crate::step::at;
-use crate::testing::{Child, need_root};
+use crate::testing::{Child, TEST_BASE, ensure, need_root, refused};
 
-const LIMITS: GroupLimits = GroupLimits { memory_bytes: 64 << 20, pids_max: 32 };
+const LIMITS: GroupLimits = GroupLimits { memory_bytes: 64 << 20, pids_max: 32, cpu_weight: 50, cpu_milli: Some(250) };
 
 /// A name of its own for each test of this process.
 fn name(test: &str) -> String {
@@ -23,6 +25,48 @@ fn layouts() -> Vec<Layout> {
     let mut layouts = vec![Layout::detect().expect("cgroups are mounted")];
     layouts.extend(Layout::unified().ok().filter(|unified| !layouts.contains(unified)));
     layouts
+}
+
+/// The groups of one server with one zygote.
+struct Ground {
+    hierarchy: Hierarchy,
+    nest: Nest,
+}
+
+impl Ground {
+    fn open(layout: &Layout, name: &str) -> Self {
+        let hierarchy = Hierarchy::open(layout, name).expect("top groups");
+        let nest = hierarchy.nest(NEST, TEST_BASE).expect("a nest");
+        Self { hierarchy, nest }
+    }
+
+    fn create(&self, instance: &str) -> InstanceCgroup {
+        self.nest.create(instance, LIMITS).expect("a group")
+    }
+
+    fn lacks(&self, words: &str) -> bool {
+        self.hierarchy.missing().contains(&words)
+    }
+
+    fn close(mut self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.nest.remove().expect("remove") == Removal::Busy {
+            assert!(Instant::now() < deadline, "the nest stays busy");
+            std::thread::yield_now();
+        }
+        self.hierarchy.close().expect("close");
+    }
+}
+
+const NEST: &str = "zygote-0";
+
+/// Where the groups of instances would be.
+fn nests(layout: &Layout, name: &str) -> Vec<PathBuf> {
+    let places = places(layout, name);
+    match layout {
+        Layout::V1(_) => places,
+        Layout::V2(_) => places.into_iter().map(|place| place.join(NEST)).collect(),
+    }
 }
 
 /// Where the top groups of a name would be.
@@ -40,6 +84,11 @@ fn assert_gone(layout: &Layout, name: &str) {
     }
 }
 
+/// A test that fails leaves no child behind.
+fn die_with_the_test() -> Result<(), StepError> {
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).map_err(at("set the death signal"))
+}
+
 /// A child that has entered the group and does nothing.
 fn sleeper(cgroup: &InstanceCgroup) -> Child {
     let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
@@ -48,6 +97,7 @@ fn sleeper(cgroup: &InstanceCgroup) -> Child {
         *slot = Some(door);
     }
     let child = Child::start(0, || {
+        die_with_the_test()?;
         attach_current(doors.iter().flatten().copied())?;
         rustix::io::write(&writer, b"i").map_err(at("tell that it is inside"))?;
         loop {
@@ -81,10 +131,10 @@ fn removed(cgroup: &mut InstanceCgroup) {
 fn an_instance_lives_in_its_group_and_leaves_nothing() {
     for layout in layouts() {
         let name = name("life");
-        let hierarchy = Hierarchy::open(&layout, &name).expect("top groups");
-        let mut cgroup = hierarchy.create("one", LIMITS).expect("a group");
+        let ground = Ground::open(&layout, &name);
+        let mut cgroup = ground.create("one");
         let child = sleeper(&cgroup);
-        let path = format!("/{name}/one");
+        let path = if matches!(layout, Layout::V1(_)) { format!("/{name}/one") } else { format!("/{name}/{NEST}/one") };
         let entered = groups_of(child.pid).lines().filter(|line| line.ends_with(&path)).count();
         assert_eq!(entered, places(&layout, &name).len(), "{}", groups_of(child.pid));
         assert_eq!(cgroup.remove(), Ok(Removal::Busy));
@@ -94,12 +144,12 @@ fn an_instance_lives_in_its_group_and_leaves_nothing() {
         let usage = cgroup.usage();
         assert_eq!(usage.oom_kills, 0);
         assert!(usage.cpu_us.is_some(), "{usage:?}");
-        if !hierarchy.missing().contains(&"memory limit") {
+        if !ground.lacks("memory limit") {
             assert!(usage.memory_peak_bytes > Some(0), "{usage:?}");
         }
         removed(&mut cgroup);
         assert_eq!(cgroup.remove(), Ok(Removal::Done), "a second time is fine");
-        hierarchy.close().expect("close");
+        ground.close();
         assert_gone(&layout, &name);
     }
 }
@@ -108,33 +158,38 @@ fn an_instance_lives_in_its_group_and_leaves_nothing() {
 fn limits_are_set_where_the_kernel_has_them() {
     for layout in layouts() {
         let name = name("limits");
-        let hierarchy = Hierarchy::open(&layout, &name).expect("top groups");
-        let mut cgroup = hierarchy.create("one", LIMITS).expect("a group");
+        let ground = Ground::open(&layout, &name);
+        let mut cgroup = ground.create("one");
         let files: &[(&str, &str, &str)] = match layout {
             Layout::V1(_) => &[
                 ("memory limit", "memory.limit_in_bytes", "67108864"),
                 ("memory limit", "memory.swappiness", "0"),
                 ("process limit", "pids.max", "32"),
+                ("processor limit", "cpu.shares", "512"),
+                ("processor limit", "cpu.cfs_period_us", "100000"),
+                ("processor limit", "cpu.cfs_quota_us", "25000"),
             ],
             Layout::V2(_) => &[
                 ("memory limit", "memory.max", "67108864"),
                 ("memory limit", "memory.oom.group", "1"),
                 ("process limit", "pids.max", "32"),
+                ("processor limit", "cpu.weight", "50"),
+                ("processor limit", "cpu.max", "25000 100000"),
             ],
         };
         for (word, file, expect) in files {
-            let found: Vec<String> = places(&layout, &name)
+            let found: Vec<String> = nests(&layout, &name)
                 .iter()
                 .filter_map(|top| std::fs::read_to_string(top.join("one").join(file)).ok())
                 .collect();
-            if hierarchy.missing().contains(word) {
+            if ground.lacks(word) {
                 assert!(found.is_empty(), "{file} is said to be missing");
             } else {
                 assert_eq!(found, [format!("{expect}\n")], "{file}");
             }
         }
         removed(&mut cgroup);
-        hierarchy.close().expect("close");
+        ground.close();
         assert_gone(&layout, &name);
     }
 }
@@ -143,10 +198,10 @@ fn limits_are_set_where_the_kernel_has_them() {
 fn memory_beyond_the_limit_is_an_oom_kill_of_this_group() {
     for layout in layouts() {
         let name = name("oom");
-        let hierarchy = Hierarchy::open(&layout, &name).expect("top groups");
-        let mut cgroup = hierarchy.create("eater", LIMITS).expect("a group");
-        let mut neighbour = hierarchy.create("neighbour", LIMITS).expect("a group");
-        if !hierarchy.missing().contains(&"memory limit") {
+        let ground = Ground::open(&layout, &name);
+        let mut cgroup = ground.create("eater");
+        let mut neighbour = ground.create("neighbour");
+        if !ground.lacks("memory limit") {
             let mut doors = [None; GROUPS_MAX];
             for (slot, door) in doors.iter_mut().zip(cgroup.doors()) {
                 *slot = Some(door);
@@ -163,7 +218,7 @@ fn memory_beyond_the_limit_is_an_oom_kill_of_this_group() {
         }
         removed(&mut cgroup);
         removed(&mut neighbour);
-        hierarchy.close().expect("close");
+        ground.close();
         assert_gone(&layout, &name);
     }
 }
@@ -188,9 +243,9 @@ fn eat(bytes: usize) -> Result<(), StepError> {
 fn processes_beyond_the_limit_are_refused() {
     for layout in layouts() {
         let name = name("pids");
-        let hierarchy = Hierarchy::open(&layout, &name).expect("top groups");
-        let mut cgroup = hierarchy.create("one", GroupLimits { pids_max: 1, ..LIMITS }).expect("a group");
-        if !hierarchy.missing().contains(&"process limit") {
+        let ground = Ground::open(&layout, &name);
+        let mut cgroup = ground.nest.create("one", GroupLimits { pids_max: 1, ..LIMITS }).expect("a group");
+        if !ground.lacks("process limit") {
             let mut doors = [None; GROUPS_MAX];
             for (slot, door) in doors.iter_mut().zip(cgroup.doors()) {
                 *slot = Some(door);
@@ -206,7 +261,7 @@ fn processes_beyond_the_limit_are_refused() {
             child.succeed();
         }
         removed(&mut cgroup);
-        hierarchy.close().expect("close");
+        ground.close();
         assert_gone(&layout, &name);
     }
 }
@@ -225,26 +280,26 @@ fn checked_fork() -> Result<usize, Errno> {
 fn a_killed_server_leaves_nothing_to_the_next_one() {
     for layout in layouts() {
         let name = name("sweep");
-        let hierarchy = Hierarchy::open(&layout, &name).expect("top groups");
-        let first = hierarchy.create("one", LIMITS).expect("a group");
-        let second = hierarchy.create("two", LIMITS).expect("a group");
+        let ground = Ground::open(&layout, &name);
+        let first = ground.create("one");
+        let second = ground.create("two");
         let children = [sleeper(&first), sleeper(&first), sleeper(&second)];
         // A group below, as a container with a writable view would make it.
-        for top in places(&layout, &name) {
-            std::fs::create_dir(top.join("one").join("below")).expect("a group below");
+        for nest in nests(&layout, &name) {
+            std::fs::create_dir(nest.join("one").join("below")).expect("a group below");
         }
-        drop((hierarchy, first, second));
+        drop((ground, first, second));
 
-        let hierarchy = Hierarchy::open(&layout, &name).expect("the next server");
+        let ground = Ground::open(&layout, &name);
         for child in &children {
             assert_eq!(reaped(child), Exit::Signal(libc::SIGKILL));
         }
-        for top in places(&layout, &name) {
-            assert!(!top.join("one").exists() && !top.join("two").exists());
+        for nest in nests(&layout, &name) {
+            assert!(!nest.join("one").exists() && !nest.join("two").exists());
         }
-        let mut again = hierarchy.create("one", LIMITS).expect("the name is free");
+        let mut again = ground.create("one");
         removed(&mut again);
-        hierarchy.close().expect("close");
+        ground.close();
         assert_gone(&layout, &name);
     }
 }
@@ -253,8 +308,8 @@ fn a_killed_server_leaves_nothing_to_the_next_one() {
 fn another_servers_groups_are_left_alone() {
     for layout in layouts() {
         let (ours, theirs) = (name("ours"), name("ours-too"));
-        let neighbour = Hierarchy::open(&layout, &theirs).expect("the other server");
-        let mut cgroup = neighbour.create("one", LIMITS).expect("a group");
+        let neighbour = Ground::open(&layout, &theirs);
+        let mut cgroup = neighbour.create("one");
         let child = sleeper(&cgroup);
         sweep(&layout, &ours).expect("nothing to sweep");
         let hierarchy = Hierarchy::open(&layout, &ours).expect("our groups");
@@ -264,7 +319,7 @@ fn another_servers_groups_are_left_alone() {
         cgroup.kill().expect("kill");
         reaped(&child);
         removed(&mut cgroup);
-        neighbour.close().expect("close");
+        neighbour.close();
         assert_gone(&layout, &theirs);
     }
 }
@@ -273,11 +328,17 @@ fn another_servers_groups_are_left_alone() {
 fn a_top_group_with_an_instance_cannot_be_closed() {
     for layout in layouts() {
         let name = name("busy");
-        let hierarchy = Hierarchy::open(&layout, &name).expect("top groups");
-        let cgroup = hierarchy.create("one", LIMITS).expect("a group");
-        let error = hierarchy.create("one", LIMITS).expect_err("the name is taken");
+        let mut ground = Ground::open(&layout, &name);
+        let cgroup = ground.create("one");
+        let error = ground.nest.create("one", LIMITS).expect_err("the name is taken");
         assert!(error.to_string().contains("/one: make a control group: File exists"), "{error}");
-        assert!(matches!(hierarchy.close(), Err(CgroupError::Step { source: StepError { errno: Errno::BUSY, .. }, .. })));
+        if matches!(layout, Layout::V2(_)) {
+            let error = ground.hierarchy.nest(NEST, TEST_BASE).expect_err("the name is taken");
+            assert!(error.to_string().contains("make the control group of a zygote: File exists"), "{error}");
+            assert_eq!(ground.nest.remove(), Ok(Removal::Busy));
+        }
+        let closed = ground.hierarchy.close();
+        assert!(matches!(closed, Err(CgroupError::Step { source: StepError { errno: Errno::BUSY, .. }, .. })));
         drop(cgroup);
         sweep(&layout, &name).expect("a sweep");
         assert_gone(&layout, &name);
@@ -285,14 +346,26 @@ fn a_top_group_with_an_instance_cannot_be_closed() {
 }
 
 #[test]
-fn the_unified_tree_freezes_and_takes_children_at_birth() {
+fn a_user_without_groups_has_none() {
+    let hierarchy = Hierarchy::absent();
+    assert_eq!(hierarchy.missing().len(), 4);
+    let mut nest = hierarchy.nest(NEST, TEST_BASE).expect("nothing to make");
+    let mut cgroup = nest.create("one", LIMITS).expect("nothing to make");
+    assert!(nest.cradle().is_none() && cgroup.birthplace().is_none() && cgroup.doors().next().is_none());
+    assert_eq!(cgroup.usage(), Usage::default());
+    assert_eq!((cgroup.kill(), cgroup.remove(), nest.remove()), (Ok(()), Ok(Removal::Done), Ok(Removal::Done)));
+    hierarchy.close().expect("nothing to remove");
+}
+
+#[test]
+fn the_unified_tree_freezes() {
     need_root();
     let Ok(layout) = Layout::unified() else { return };
     let name = name("freeze");
-    let hierarchy = Hierarchy::open(&layout, &name).expect("a top group");
-    let mut cgroup = hierarchy.create("one", LIMITS).expect("a group");
+    let ground = Ground::open(&layout, &name);
+    let mut cgroup = ground.create("one");
     let child = sleeper(&cgroup);
-    let events = places(&layout, &name)[0].join("one/cgroup.events");
+    let events = nests(&layout, &name)[0].join("one/cgroup.events");
     for frozen in [true, false] {
         cgroup.freeze(frozen).expect("freeze");
         let expect = format!("frozen {}", u8::from(frozen));
@@ -305,36 +378,158 @@ fn the_unified_tree_freezes_and_takes_children_at_birth() {
     cgroup.freeze(true).expect("freeze");
     cgroup.kill().expect("a frozen process can be killed");
     assert_eq!(reaped(&child), Exit::Signal(libc::SIGKILL));
-
-    let born = born_inside(cgroup.directory().expect("a directory"));
-    assert!(groups_of(born.0).lines().any(|line| line.ends_with(&format!("/{name}/one"))), "{}", groups_of(born.0));
-    cgroup.kill().expect("kill");
-    crate::fds::pidfd_reap(born.1.as_fd(), true).expect("our child");
     removed(&mut cgroup);
-    hierarchy.close().expect("close");
+    ground.close();
     assert_gone(&layout, &name);
 }
 
-/// A child made with `CLONE_INTO_CGROUP`: its pid and handle.
-fn born_inside(directory: BorrowedFd<'_>) -> (i32, OwnedFd) {
-    use std::os::fd::{AsRawFd, FromRawFd};
-    let mut pidfd: libc::c_int = -1;
-    // struct clone_args of clone(2): the eleventh word is the group.
-    let mut arguments = [0_u64; 11];
-    arguments[0] = CLONE_INTO_CGROUP | libc::CLONE_PIDFD as u64;
-    arguments[1] = (&raw mut pidfd).expose_provenance() as u64;
-    arguments[4] = libc::SIGCHLD as u64;
-    arguments[10] = directory.as_raw_fd() as u64;
-    // SAFETY: clone_args with its size; the child only waits.
-    let pid = unsafe { libc::syscall(libc::SYS_clone3, arguments.as_ptr(), size_of_val(&arguments)) } as i32;
-    assert!(pid >= 0, "clone3: {}", std::io::Error::last_os_error());
-    if pid == 0 {
-        loop {
-            rustix::event::pause();
+#[test]
+fn a_zygote_has_children_born_in_its_groups_and_no_other_right() {
+    need_root();
+    let Ok(layout) = Layout::unified() else { return };
+    let name = name("birth");
+    let ground = Ground::open(&layout, &name);
+    let mut cgroup = ground.create("one");
+    // Of another function, whose root is somebody else.
+    let mut other = ground.hierarchy.nest("zygote-1", TEST_BASE + crate::userns::IDS).expect("another nest");
+    let mut foreign = other.create("two", LIMITS).expect("a group");
+
+    let (go, gone) = rustix::pipe::pipe().expect("a pipe");
+    let births = [&cgroup, &foreign].map(|cgroup| cgroup.birthplace().expect("a place"));
+    let child = Child::start(libc::CLONE_NEWUSER, || {
+        rustix::io::read(&go, &mut [0_u8; 1]).map_err(at("wait to be in the cradle"))?;
+        // SAFETY: the child has one thread; its own child only waits.
+        match unsafe { clone3_into(0, Some(births[0])) } {
+            Ok(Cloned::Parent { .. }) => {}
+            Ok(Cloned::Child) => {
+                // The test waits for the end of a socket that this process has a copy of.
+                crate::fds::close_from(0).map_err(at("close"))?;
+                loop {
+                    rustix::event::pause();
+                }
+            }
+            Err(errno) => return Err(StepError { step: "have a child born in the group", errno }),
         }
+        // SAFETY: as above.
+        let abroad = unsafe { clone3_into(0, Some(births[1])) };
+        refused(abroad.map(drop), Errno::ACCESS, "a child is born in another function's group")?;
+        for file in [c"cgroup.subtree_control", c"cgroup.max.descendants", c"cgroup.freeze", c"cgroup.kill", c"cgroup.type"] {
+            let opened = rustix::fs::openat(births[0], file, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
+            ensure(matches!(opened, Err(Errno::ACCESS | Errno::NOENT)), "a file of the group can be written")?;
+        }
+        let below = rustix::fs::mkdirat(births[0], c"below", Mode::from_raw_mode(0o755));
+        refused(below, Errno::ACCESS, "a group is made below")
+    });
+    let cradle = ground.nest.cradle().expect("a cradle");
+    write(cradle, "cgroup.procs", &child.pid.to_string(), "move the zygote").expect("move");
+    rustix::io::write(&gone, b"g").expect("write");
+    child.succeed();
+    let group = nests(&layout, &name)[0].join("one/cgroup.procs");
+    let born = std::fs::read_to_string(group).expect("the group's processes");
+    assert_eq!(born.lines().count(), 1, "{born:?}");
+    assert!(groups_of(born.trim().parse().expect("a pid")).contains(&format!("0::/{name}/{NEST}/one")));
+
+    cgroup.kill().expect("kill");
+    removed(&mut cgroup);
+    removed(&mut foreign);
+    while other.remove().expect("remove") == Removal::Busy {
+        std::thread::yield_now();
     }
-    // SAFETY: CLONE_PIDFD stored a new descriptor there.
-    (pid, unsafe { OwnedFd::from_raw_fd(pidfd) })
+    ground.close();
+    assert_gone(&layout, &name);
+}
+
+/// A child in the group that uses up a processor, always the same one.
+fn burner(cgroup: &InstanceCgroup) -> Child {
+    let mut doors = [None; GROUPS_MAX];
+    for (slot, door) in doors.iter_mut().zip(cgroup.doors()) {
+        *slot = Some(door);
+    }
+    let allowed = rustix::thread::sched_getaffinity(None).expect("processors");
+    let mut processors = rustix::thread::CpuSet::new();
+    processors.set((0..rustix::thread::CpuSet::MAX_CPU).find(|processor| allowed.is_set(*processor)).expect("a processor"));
+    Child::start(0, || {
+        die_with_the_test()?;
+        rustix::thread::sched_setaffinity(None, &processors).map_err(at("stay on one processor"))?;
+        attach_current(doors.iter().flatten().copied())?;
+        loop {
+            std::hint::spin_loop();
+        }
+    })
+}
+
+/// Waits until both together have used so much.
+fn burnt(cgroups: [&InstanceCgroup; 2], total_us: u64) -> [u64; 2] {
+    let deadline = Instant::now() + Duration::from_mins(2);
+    loop {
+        let used = cgroups.map(|cgroup| cgroup.usage().cpu_us.expect("processor time is counted"));
+        if used.iter().sum::<u64>() >= total_us {
+            return used;
+        }
+        assert!(Instant::now() < deadline, "{used:?} of {total_us} µs");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn processor_time_is_shared_by_weight() {
+    for layout in layouts() {
+        let name = name("weight");
+        let ground = Ground::open(&layout, &name);
+        if !ground.lacks("processor limit") {
+            for (weights, least, most) in [([100, 400], 2.0, 8.0), ([100, 100], 0.5, 2.0)] {
+                let limits = weights.map(|cpu_weight| GroupLimits { cpu_weight, cpu_milli: None, ..LIMITS });
+                let mut light = ground.nest.create("light", limits[0]).expect("a group");
+                let mut heavy = ground.nest.create("heavy", limits[1]).expect("a group");
+                let children = [burner(&light), burner(&heavy)];
+                let used = burnt([&light, &heavy], 1_000_000);
+                let ratio = used[1] as f64 / used[0] as f64;
+                assert!((least..most).contains(&ratio), "{weights:?}: {used:?}");
+                light.kill().and_then(|()| heavy.kill()).expect("kill");
+                children.iter().for_each(|child| assert_eq!(reaped(child), Exit::Signal(libc::SIGKILL)));
+                removed(&mut light);
+                removed(&mut heavy);
+            }
+        }
+        ground.close();
+    }
+}
+
+#[test]
+fn a_quota_of_processor_time_holds() {
+    for layout in layouts() {
+        let name = name("quota");
+        let ground = Ground::open(&layout, &name);
+        if !ground.lacks("processor limit") {
+            // So little that it is reached however busy the machine is.
+            let limits = GroupLimits { cpu_weight: CPU_WEIGHT_DEFAULT, cpu_milli: Some(20), ..LIMITS };
+            let mut held = ground.nest.create("held", limits).expect("a group");
+            let mut free = ground.nest.create("free", GroupLimits { cpu_milli: None, ..limits }).expect("a group");
+            let begun = Instant::now();
+            let children = [burner(&held), burner(&free)];
+            let used = burnt([&held, &free], 1_000_000);
+            // Counted when the scheduler ticks: what is too much in one period is taken from the next ones.
+            let periods = begun.elapsed().as_micros() as u64 / CPU_PERIOD_US + 2;
+            let most = periods * CPU_PERIOD_US / 50 + 20_000;
+            assert!(used[0] <= most, "{used:?}, at most {most}");
+            let throttled = |cgroup: &InstanceCgroup| {
+                cgroup.groups.iter().find_map(|group| read_key(group.directory.as_fd(), "cpu.stat", "nr_throttled"))
+            };
+            assert!(throttled(&held) > Some(0) && throttled(&free).unwrap_or(0) == 0);
+            held.kill().and_then(|()| free.kill()).expect("kill");
+            children.iter().for_each(|child| assert_eq!(reaped(child), Exit::Signal(libc::SIGKILL)));
+            removed(&mut held);
+            removed(&mut free);
+        }
+        ground.close();
+    }
+}
+
+#[test]
+fn weights_become_shares() {
+    for (weight, expect) in [(1, 10), (100, 1024), (200, 2048), (10_000, 102_400)] {
+        assert_eq!(v1::shares(weight), expect, "{weight}");
+    }
 }
 
 #[test]
@@ -360,6 +555,7 @@ fn the_layout_is_read_from_the_mounts() {
     let expect = vec![
         controller("memory", "/sys/fs/cgroup/memory"),
         controller("pids", "/odd place"),
+        controller("cpu", "/sys/fs/cgroup/cpu,cpuacct"),
         controller("cpuacct", "/sys/fs/cgroup/cpu,cpuacct"),
     ];
     assert_eq!(Layout::parse(v1), Some(Layout::V1(expect)));

@@ -137,10 +137,19 @@ fn require_roots(directory: &OwnedFd, path: &Path) -> Result<(), KeeperError> {
 /// Makes a directory with its parents; an existing one is given to `owner` if that is somebody.
 fn make_directory(path: &Path, mode: u32, owner: Option<DaemonUser>) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(mode).create(path)?;
-    if let Some(DaemonUser { uid, gid }) = owner {
-        rustix::fs::chownat(rustix::fs::CWD, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+    let Some(DaemonUser { uid, gid }) = owner else { return Ok(()) };
+    match rustix::fs::chownat(rustix::fs::CWD, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(()) => Ok(()),
+        // An ordinary user's keeper has power over the ids of its namespace alone.
+        Err(Errno::PERM | Errno::INVAL) => {
+            let name = path.file_name().unwrap_or_default().display();
+            let text = format!(
+                "'{name}' in it belongs to ids that this server does not have: to a server of another user, or to former subordinate ids"
+            );
+            Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
+        }
+        Err(errno) => Err(errno.into()),
     }
-    Ok(())
 }
 
 fn lock(directory: &Path) -> Result<fs::File, KeeperError> {

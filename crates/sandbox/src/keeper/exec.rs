@@ -19,6 +19,7 @@ use rustix::io::Errno;
 use super::instances::{STREAM_KINDS, take_descriptor};
 use super::layers::refusal;
 use super::{Keeper, Requester};
+use crate::cgroup::Entrance;
 use crate::fds::{self, Fds};
 use crate::orders::{NAMESPACES, Order};
 use crate::protocol::{ExecSpec, Refusal, Reply, Request};
@@ -86,9 +87,10 @@ impl Keeper {
         let namespaces = open_namespaces(running.pid, running.pidfd)?;
         let memory = sealed(&Request::Exec { exec, instance, spec })?;
         let sent: Vec<BorrowedFd<'_>> = std::iter::once(&memory).chain(&theirs).chain(&namespaces).map(AsFd::as_fd).collect();
-        let sent = [sent, running.doors].concat();
+        let Entrance { born, descriptors } = running.entrance;
+        let sent = [sent, descriptors].concat();
         let zygote = self.zygotes.get_mut(key).ok_or(Refusal::NoInstance)?;
-        let ordered = zygote.order(&self.epoll, Order::Exec(instance), &sent);
+        let ordered = zygote.order(&self.epoll, Order::Exec { instance, born }, &sent);
         let generation = requester.generation;
         self.execs.by_id.insert(exec, Exec { instance, zygote: key, starting: Some(requester), generation });
         if let Err(fault) = ordered {

@@ -10,15 +10,15 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use funtainer_model::{InstanceId, RevisionId};
+use funtainer_model::{Cpus, InstanceId, RevisionId};
 use rustix::fs::{FileType, Mode};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::layers::refusal;
 use super::{Keeper, Requester};
-use crate::cgroup::{CgroupError, GroupLimits, InstanceCgroup, Removal};
+use crate::cgroup::{CgroupError, Entrance, GroupLimits, InstanceCgroup, Nest, Removal};
 use crate::fds::{self, Fds};
-use crate::orders::Order;
+use crate::orders::{End, Order};
 use crate::protocol::{ExitRecord, Refusal, Reply, Streams};
 use crate::signals;
 use crate::step::{StepError, errno_of};
@@ -58,16 +58,32 @@ pub(super) struct Running<'a> {
     /// Of its init.
     pub(super) pid: u32,
     pub(super) pidfd: BorrowedFd<'a>,
-    pub(super) doors: Vec<BorrowedFd<'a>>,
+    pub(super) entrance: Entrance<'a>,
 }
 
 /// All instances.
 #[derive(Default)]
 pub(super) struct Instances {
     by_id: HashMap<InstanceId, Instance>,
-    /// Control groups whose last process the kernel has not let go of.
-    removals: Vec<InstanceCgroup>,
+    removals: Vec<Leftover>,
     retry: Option<Instant>,
+}
+
+/// Control groups whose last process the kernel may not have let go of. Those of instances come before the one that they lie in.
+pub(super) enum Leftover {
+    Instance(InstanceCgroup),
+    Zygote(Nest),
+}
+
+impl Leftover {
+    /// Whether it is gone. What the kernel refuses for another reason than a process is tried again too: there is no other cure.
+    fn remove(&mut self) -> bool {
+        let removed = match self {
+            Self::Instance(cgroup) => cgroup.remove(),
+            Self::Zygote(nest) => nest.remove(),
+        };
+        matches!(removed, Ok(Removal::Done))
+    }
 }
 
 impl Instances {
@@ -79,7 +95,7 @@ impl Instances {
         if self.retry.is_none_or(|at| at > now) {
             return;
         }
-        self.removals.retain_mut(|cgroup| !matches!(cgroup.remove(), Ok(Removal::Done)));
+        self.removals.retain_mut(|left| !left.remove());
         self.retry = (!self.removals.is_empty()).then(|| now + REMOVAL_RETRY);
     }
 
@@ -87,17 +103,17 @@ impl Instances {
     pub(super) fn running(&self, id: InstanceId) -> Option<Running<'_>> {
         let instance = self.by_id.get(&id)?;
         let State::Running { pid, pidfd } = &instance.state else { return None };
-        let doors = instance.cgroup.as_ref()?.doors().collect();
-        Some(Running { zygote: instance.zygote, pid: *pid, pidfd: pidfd.as_fd(), doors })
+        let entrance = instance.cgroup.as_ref()?.entrance();
+        Some(Running { zygote: instance.zygote, pid: *pid, pidfd: pidfd.as_fd(), entrance })
     }
 
     /// The last act: every process is dead, whatever is left goes now.
     pub(super) fn remove_all(&mut self) {
-        let left = self.by_id.drain().filter_map(|(_, instance)| instance.cgroup).chain(self.removals.drain(..));
-        let mut left: Vec<_> = left.collect();
+        let instances = self.by_id.drain().filter_map(|(_, instance)| instance.cgroup).map(Leftover::Instance);
+        let mut left: Vec<_> = instances.chain(self.removals.drain(..)).collect();
         let deadline = Instant::now() + REMOVAL_WAIT;
         loop {
-            left.retain_mut(|cgroup| !matches!(cgroup.remove(), Ok(Removal::Done)));
+            left.retain_mut(|left| !left.remove());
             if left.is_empty() || Instant::now() >= deadline {
                 // What stays is swept by the next start; the hierarchy's own removal will say so.
                 return;
@@ -107,9 +123,9 @@ impl Instances {
         }
     }
 
-    fn release(&mut self, mut cgroup: InstanceCgroup) {
-        if !matches!(cgroup.remove(), Ok(Removal::Done)) {
-            self.removals.push(cgroup);
+    pub(super) fn release(&mut self, mut left: Leftover) {
+        if !left.remove() {
+            self.removals.push(left);
             self.retry.get_or_insert_with(|| Instant::now() + REMOVAL_RETRY);
         }
     }
@@ -216,8 +232,13 @@ impl Keeper {
         let streams = zygote.streams;
         let StartDescriptors { daemon, call } = StartDescriptors::take(descriptors, streams)?;
         let limits = zygote.limits;
-        let group = GroupLimits { memory_bytes: limits.memory.as_bytes(), pids_max: limits.pids };
-        let cgroup = self.cgroups.create(&id.to_string(), group).map_err(|error| cgroup_refusal(&error))?;
+        let group = GroupLimits {
+            memory_bytes: limits.memory.as_bytes(),
+            pids_max: limits.pids,
+            cpu_weight: limits.cpu_weight.into(),
+            cpu_milli: limits.cpus.map(Cpus::milli),
+        };
+        let cgroup = zygote.nest.create(&id.to_string(), group).map_err(|error| cgroup_refusal(&error))?;
         let made = (|| {
             let writable = self.mounts.writable(limits.writable_bytes(), zygote.ids.base).map_err(refusal)?;
             let root = self.mounts.overlay(zygote.layers.mapped(), &writable).map_err(refusal)?;
@@ -230,7 +251,7 @@ impl Keeper {
         let (writable, root, logs) = match made {
             Ok(made) => made,
             Err(refused) => {
-                self.instances.release(cgroup);
+                self.instances.release(Leftover::Instance(cgroup));
                 return Err(refused);
             }
         };
@@ -243,8 +264,9 @@ impl Keeper {
         }
         // Standard output comes before standard error.
         sent.extend(logs.iter().rev().map(|log| log.write.as_fd()));
-        sent.extend(cgroup.doors());
-        let ordered = zygote.order(&self.epoll, Order::Spawn(id), &sent);
+        let Entrance { born, descriptors } = cgroup.entrance();
+        sent.extend(descriptors);
+        let ordered = zygote.order(&self.epoll, Order::Spawn { instance: id, born }, &sent);
         zygote.live += 1;
         let logs = logs.into_iter().map(|log| log.read).collect();
         let state = State::Starting(requester);
@@ -286,13 +308,13 @@ impl Keeper {
     }
 
     /// A zygote says that it has reaped an init.
-    pub(super) fn instance_exited(&mut self, key: u64, id: InstanceId, status: i32) -> Option<()> {
+    pub(super) fn instance_exited(&mut self, key: u64, id: InstanceId, end: End) -> Option<()> {
         let instance = self.instances.by_id.get(&id).filter(|instance| instance.zygote == key)?;
         let State::Running { .. } = instance.state else { return None };
         if let Some(zygote) = self.zygotes.get_mut(key) {
             zygote.instance_gone();
         }
-        self.end_instance(id, Some(status));
+        self.end_instance(id, Some(end));
         Some(())
     }
 
@@ -314,27 +336,30 @@ impl Keeper {
     }
 
     /// Records the end of a running instance and tells it.
-    fn end_instance(&mut self, id: InstanceId, status: Option<i32>) {
+    fn end_instance(&mut self, id: InstanceId, end: Option<End>) {
         let Some(instance) = self.instances.by_id.get_mut(&id) else { return };
         let State::Running { pid, .. } = instance.state else { return };
         let usage = instance.cgroup.as_ref().map(InstanceCgroup::usage).unwrap_or_default();
+        // Where no group counts, what one process had at most, and what is left of them all, come nearest.
+        let seen = usage.memory_now_bytes.max(end.map(|end| end.memory_bytes));
         let exit = ExitRecord {
-            status,
+            status: end.map(|end| end.status),
             out_of_memory: usage.oom_kills > 0,
-            memory_peak: usage.memory_peak_bytes.unwrap_or(0),
-            cpu_us: usage.cpu_us.unwrap_or(0),
+            writable_full: end.is_some_and(|end| end.full),
+            memory_peak: usage.memory_peak_bytes.or(seen).unwrap_or(0),
+            cpu_us: usage.cpu_us.or(end.map(|end| end.cpu_us)).unwrap_or(0),
         };
         instance.state = State::Ended { pid, exit };
         instance.logs.clear();
         if let Some(cgroup) = instance.cgroup.take() {
-            self.instances.release(cgroup);
+            self.instances.release(Leftover::Instance(cgroup));
         }
         self.event(&Reply::Exited { instance: id, exit });
     }
 
     fn forget(&mut self, id: InstanceId) {
         if let Some(cgroup) = self.instances.by_id.remove(&id).and_then(|instance| instance.cgroup) {
-            self.instances.release(cgroup);
+            self.instances.release(Leftover::Instance(cgroup));
         }
     }
 
@@ -408,7 +433,7 @@ fn pid_of(pidfd: &OwnedFd) -> Option<u32> {
     }
 }
 
-fn cgroup_refusal(error: &CgroupError) -> Refusal {
+pub(super) fn cgroup_refusal(error: &CgroupError) -> Refusal {
     let errno = match error {
         CgroupError::Step { source, .. } => source.errno.raw_os_error(),
         _ => libc::EIO,

@@ -15,11 +15,13 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
+use super::instances::{Leftover, cgroup_refusal};
 use super::layers::{Lent, refusal};
 use super::link::{Fault, Link};
 use super::mode::Slots;
 use super::unpacked::{Parked, Presence};
 use super::{Keeper, Requester, TOKEN_ZYGOTES, TURN_MESSAGES};
+use crate::cgroup::Nest;
 use crate::fds;
 use crate::orders::{DATAGRAM_BYTES, Order, Report};
 use crate::protocol::{Refusal, Reply, RevisionSpec, Streams};
@@ -51,6 +53,8 @@ pub(super) struct Zygote {
     pub(super) streams: Streams,
     pub(super) limits: Limits,
     pub(super) layers: Lent,
+    /// Where its control groups and those of its instances are.
+    pub(super) nest: Nest,
     pid: i32,
     pidfd: OwnedFd,
     link: Link,
@@ -200,7 +204,7 @@ impl Keeper {
         let ids = self.mode.range(slot);
         let key = self.zygotes.next_key;
         match self.fork_zygote(key, slot, title, spec) {
-            Ok((Forked { pid, pidfd }, link, layers)) => {
+            Ok((Forked { pid, pidfd }, link, layers, nest)) => {
                 self.zygotes.next_key += 1;
                 let now = Instant::now();
                 let zygote = Zygote {
@@ -210,6 +214,7 @@ impl Keeper {
                     streams: spec.streams,
                     limits: spec.limits,
                     layers,
+                    nest,
                     pid,
                     pidfd,
                     link,
@@ -232,15 +237,30 @@ impl Keeper {
         }
     }
 
-    fn fork_zygote(&mut self, key: u64, slot: u32, name: &str, spec: &RevisionSpec) -> Result<(Forked, Link, Lent), Refusal> {
+    fn fork_zygote(
+        &mut self,
+        key: u64,
+        slot: u32,
+        name: &str,
+        spec: &RevisionSpec,
+    ) -> Result<(Forked, Link, Lent, Nest), Refusal> {
         let failed = |step| move |errno| refusal(StepError { step, errno });
+        let ids = self.mode.range(slot);
         let (ours, theirs) = fds::pair().map_err(failed("make a zygote's socket"))?;
-        let plan = Plan { spec, ids: self.mode.range(slot), title: self.title, name, socket: theirs.as_fd() };
+        let nest = self.cgroups.nest(&format!("zygote-{key}"), ids.base).map_err(|error| cgroup_refusal(&error))?;
+        let processes = self.cgroups.missing().contains(&"process limit").then_some(spec.limits.pids);
+        let plan = Plan { spec, ids, title: self.title, name, socket: theirs.as_fd(), processes, group: nest.cradle() };
         // SAFETY: the keeper has one thread, as was checked at its start.
-        let forked = unsafe { zygote::fork(&plan) }.map_err(failed("clone a zygote"))?;
+        let forked = match unsafe { zygote::fork(&plan) } {
+            Ok(forked) => forked,
+            Err(errno) => {
+                self.instances.release(Leftover::Zygote(nest));
+                return Err(failed("clone a zygote")(errno));
+            }
+        };
         let equipped = self.equip_zygote(&forked, slot, spec, ours, key);
         match equipped {
-            Ok((link, layers)) => Ok((forked, link, layers)),
+            Ok((link, layers)) => Ok((forked, link, layers, nest)),
             Err(error) => {
                 // It waits for its first order, so that it dies at once.
                 let _ = fds::pidfd_signal(forked.pidfd.as_fd(), libc::SIGKILL);
@@ -248,6 +268,7 @@ impl Keeper {
                 if let Err(errno) = fds::pidfd_reap(forked.pidfd.as_fd(), true) {
                     self.log(&format!("a zygote (pid {}) cannot be reaped: {errno}", forked.pid));
                 }
+                self.instances.release(Leftover::Zygote(nest));
                 Err(error)
             }
         }
@@ -376,7 +397,7 @@ impl Keeper {
             Report::SpawnFailed { instance, errno, step } => {
                 self.instance_not_spawned(key, instance, Refusal::System { step, errno })?;
             }
-            Report::Exited { instance, status } => self.instance_exited(key, instance, status)?,
+            Report::Exited { instance, end } => self.instance_exited(key, instance, end)?,
             Report::ExecSpawned(exec) => self.exec_spawned(key, exec)?,
             Report::ExecNotSpawned { exec, errno: libc::ESRCH, .. } => {
                 self.exec_not_spawned(key, exec, Refusal::NoInstance)?;
@@ -424,6 +445,7 @@ impl Keeper {
         }
         self.execs_lost(key);
         self.instances_lost(key);
+        self.instances.release(Leftover::Zygote(zygote.nest));
         self.event(&Reply::RevisionEnded { revision: zygote.revision });
     }
 

@@ -376,6 +376,7 @@ impl Writer {
     fn exit(&mut self, exit: &ExitRecord) {
         self.status(exit.status);
         self.u8(exit.out_of_memory.into());
+        self.u8(exit.writable_full.into());
         self.u64(exit.memory_peak);
         self.u64(exit.cpu_us);
     }
@@ -637,7 +638,13 @@ impl<'a> Reader<'a> {
     }
 
     fn exit(&mut self) -> Result<ExitRecord, CodecError> {
-        Ok(ExitRecord { status: self.status()?, out_of_memory: self.flag()?, memory_peak: self.u64()?, cpu_us: self.u64()? })
+        Ok(ExitRecord {
+            status: self.status()?,
+            out_of_memory: self.flag()?,
+            writable_full: self.flag()?,
+            memory_peak: self.u64()?,
+            cpu_us: self.u64()?,
+        })
     }
 
     fn refusal(&mut self) -> Result<Refusal, CodecError> {

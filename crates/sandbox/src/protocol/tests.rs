@@ -79,7 +79,7 @@ fn isolation() -> impl Strategy<Value = Isolation> {
 }
 
 fn limits() -> impl Strategy<Value = Limits> {
-    let sizes = (4_u64 << 20..1 << 50, any::<Option<u32>>());
+    let sizes = (4_u64 << 20..=16 << 40, any::<Option<u32>>());
     (sizes, 0_u32..100_000, 1_u16..=10_000, 2_u32..=4_194_304, 16_u32..=1_048_576).prop_map(
         |((memory, writable), cpus, cpu_weight, pids, open_files)| Limits {
             memory: ByteSize::bytes(memory),
@@ -124,8 +124,9 @@ fn spec() -> impl Strategy<Value = RevisionSpec> {
 }
 
 fn exit() -> impl Strategy<Value = ExitRecord> {
-    (any::<Option<i32>>(), any::<bool>(), any::<u64>(), any::<u64>())
-        .prop_map(|(status, out_of_memory, memory_peak, cpu_us)| ExitRecord { status, out_of_memory, memory_peak, cpu_us })
+    any::<(Option<i32>, bool, bool, u64, u64)>().prop_map(|(status, out_of_memory, writable_full, memory_peak, cpu_us)| {
+        ExitRecord { status, out_of_memory, writable_full, memory_peak, cpu_us }
+    })
 }
 
 fn request() -> impl Strategy<Value = Request> {
