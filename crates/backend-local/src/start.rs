@@ -336,6 +336,11 @@ fn init_failure(program: &str, step: InitStep, error: &io::Error) -> Failure {
             Failure::new(ErrorCode::ImageInvalid, format!("the working directory of the image cannot be entered: {error}"))
                 .with_hint("check WORKDIR of the image")
         }
+        (InitStep::Volumes, _) => Failure::new(
+            ErrorCode::ImageInvalid,
+            format!("a volume of the image, or a tmpfs, cannot be put in its place: {error}"),
+        )
+        .with_hint("check VOLUME of the image, and --tmpfs: each must lead to a directory of the image, or to nothing"),
         (InitStep::Mounts, Some(Errno::NOTDIR | Errno::LOOP)) => Failure::new(
             ErrorCode::ImageInvalid,
             "one of /dev, /proc and /sys of the image is no directory, so that nothing can be mounted there",

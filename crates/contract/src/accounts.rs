@@ -2,7 +2,7 @@
 
 /// Highest id that a sandbox maps; 65535 itself is left out by kernels' 16-bit interfaces but can be used.
 pub const ID_MAX: u64 = 65_535;
-/// Most supplementary groups of one user that a start takes.
+/// Most groups of one user that a start takes, the primary one included.
 pub const GROUPS_MAX: usize = 64;
 /// Home of a user without one, as in Docker.
 const HOME_DEFAULT: &str = "/";
@@ -14,7 +14,8 @@ pub struct Identity {
     pub uid: u32,
     /// Primary group id.
     pub gid: u32,
-    /// Supplementary groups, ascending, each once, without the primary one.
+    /// Supplementary groups: the primary one first, as login(1) and Docker have it, so that a mode that denies a group something denies it
+    /// to its members; then those of the files, ascending, each once.
     pub groups: Vec<u32>,
     /// Home directory, `/` where none is known. Free of NUL.
     pub home: String,
@@ -36,8 +37,9 @@ pub enum AccountError {
 
 /// Resolves `user`, `uid`, `user:group`, `uid:gid` or any mix against the content of passwd(5) and group(5); empty is root.
 ///
-/// Without a group the user's groups are those of the files, with one it is the only one. A number need not be in a file; a name that
-/// consists of digits is found by its name first. (OCI image specification, "Image Configuration", field User.)
+/// Without a group the user's groups are those of the files, with one it is the only one. A number need not be in a file, and is always an id,
+/// also where a name of the same digits is. (OCI image specification, "Image Configuration", field User; what it leaves open is as in
+/// Docker, moby/sys `user.GetExecUser`.)
 pub fn resolve(user: &str, passwd: &[u8], group: &[u8]) -> Result<Identity, AccountError> {
     let (user, wanted_group) = match user.split_once(':') {
         Some((user, "")) => (user, None),
@@ -46,17 +48,20 @@ pub fn resolve(user: &str, passwd: &[u8], group: &[u8]) -> Result<Identity, Acco
     };
     let user = if user.is_empty() { "0" } else { user };
     let number = number(user.as_bytes());
-    let known = users(passwd)
-        .find(|entry| entry.name == user.as_bytes())
-        .or_else(|| users(passwd).find(|entry| Some(entry.uid) == number));
+    let known = users(passwd).find(|entry| match number {
+        Some(number) => entry.uid == number,
+        None => entry.name == user.as_bytes(),
+    });
     let uid = known.as_ref().map(|entry| entry.uid).or(number).ok_or_else(|| AccountError::Unknown(user.to_owned()))?;
-    let (gid, groups) = match (wanted_group, &known) {
+    let (gid, more) = match (wanted_group, &known) {
         (Some(wanted), _) => (named_group(wanted, group)?, Vec::new()),
         (None, None) => (0, Vec::new()),
         (None, Some(entry)) => (entry.gid, memberships(entry.name, entry.gid, group)?),
     };
+    let gid = small(gid)?;
+    let groups = std::iter::once(gid).chain(more).collect();
     let home = known.as_ref().and_then(|entry| std::str::from_utf8(entry.home).ok()).filter(|home| home.starts_with('/'));
-    Ok(Identity { uid: small(uid)?, gid: small(gid)?, groups, home: home.unwrap_or(HOME_DEFAULT).to_owned() })
+    Ok(Identity { uid: small(uid)?, gid, groups, home: home.unwrap_or(HOME_DEFAULT).to_owned() })
 }
 
 struct UserEntry<'a> {
@@ -97,8 +102,8 @@ fn lines(file: &[u8]) -> impl Iterator<Item = &[u8]> {
 }
 
 fn named_group(wanted: &str, group: &[u8]) -> Result<u64, AccountError> {
-    let by_name = groups(group).find(|entry| entry.name == wanted.as_bytes()).map(|entry| entry.gid);
-    by_name.or_else(|| number(wanted.as_bytes())).ok_or_else(|| AccountError::Unknown(wanted.to_owned()))
+    let by_name = || groups(group).find(|entry| entry.name == wanted.as_bytes()).map(|entry| entry.gid);
+    number(wanted.as_bytes()).or_else(by_name).ok_or_else(|| AccountError::Unknown(wanted.to_owned()))
 }
 
 fn memberships(name: &[u8], primary: u64, group: &[u8]) -> Result<Vec<u32>, AccountError> {
@@ -107,7 +112,7 @@ fn memberships(name: &[u8], primary: u64, group: &[u8]) -> Result<Vec<u32>, Acco
     for entry in groups(group).filter(|entry| entry.gid != primary && is_member(entry)) {
         let gid = small(entry.gid)?;
         if let Err(place) = gids.binary_search(&gid) {
-            if gids.len() == GROUPS_MAX {
+            if gids.len() + 1 == GROUPS_MAX {
                 return Err(AccountError::TooManyGroups);
             }
             gids.insert(place, gid);
@@ -146,7 +151,7 @@ mod tests {
         neg:x:-1:0::/:\n\
         short:x:9:10";
     const GROUP: &[u8] =
-        b"root:x:0:\nstaff:x:50:app,root\nvideo:x:44:app\nvideo2:x:44:app\napp:x:1000:app\nhuge:x:70000:\nwheel:x:10:root\n";
+        b"root:x:0:\nstaff:x:50:app,root\nvideo:x:44:app\nvideo2:x:44:app\napp:x:1000:app\nhuge:x:70000:\nwheel:x:10:root\n77:x:78:\n";
 
     #[test]
     fn users_of_images() {
@@ -154,19 +159,22 @@ mod tests {
             let expect = Identity { uid, gid, groups: groups.to_vec(), home: home.to_owned() };
             assert_eq!(resolve(user, PASSWD, GROUP), Ok(expect), "{user}");
         };
-        check("", 0, 0, &[10, 50], "/root");
-        check("root", 0, 0, &[10, 50], "/root");
-        check("app", 1000, 1000, &[44, 50], "/home/app");
-        check("1000", 1000, 1000, &[44, 50], "/home/app");
-        check("app:", 1000, 1000, &[44, 50], "/home/app");
-        check("app:video", 1000, 44, &[], "/home/app");
-        check("app:45", 1000, 45, &[], "/home/app");
-        check(":video", 0, 44, &[], "/root");
-        check("5", 5, 0, &[], "/");
-        check("65535:65535", 65535, 65535, &[], "/");
-        check("nohome", 7, 8, &[], "/");
-        check("1234", 42, 43, &[], "/d");
-        check("short", 9, 10, &[], "/");
+        check("", 0, 0, &[0, 10, 50], "/root");
+        check("root", 0, 0, &[0, 10, 50], "/root");
+        check("app", 1000, 1000, &[1000, 44, 50], "/home/app");
+        check("1000", 1000, 1000, &[1000, 44, 50], "/home/app");
+        check("app:", 1000, 1000, &[1000, 44, 50], "/home/app");
+        check("app:video", 1000, 44, &[44], "/home/app");
+        check("app:45", 1000, 45, &[45], "/home/app");
+        check(":video", 0, 44, &[44], "/root");
+        check("5", 5, 0, &[0], "/");
+        check("65535:65535", 65535, 65535, &[65535], "/");
+        check("nohome", 7, 8, &[8], "/");
+        check("42", 42, 43, &[43], "/d");
+        check("short", 9, 10, &[10], "/");
+        // Names of digits are never meant.
+        check("1234", 1234, 0, &[0], "/");
+        check("app:77", 1000, 77, &[77], "/home/app");
     }
 
     #[test]
@@ -180,13 +188,17 @@ mod tests {
         check("65536", AccountError::IdTooLarge(65_536));
         check("0:huge", AccountError::IdTooLarge(70_000));
         check("99999999999999999999999", AccountError::IdTooLarge(u64::MAX));
-        let many: Vec<_> = (100..200).map(|gid| format!("g{gid}:x:{gid}:app")).collect();
-        assert_eq!(resolve("app", PASSWD, many.join("\n").as_bytes()), Err(AccountError::TooManyGroups));
+        let many = |count: usize| {
+            let lines: Vec<_> = (100..100 + count).map(|gid| format!("g{gid}:x:{gid}:app")).collect();
+            resolve("app", PASSWD, lines.join("\n").as_bytes()).map(|identity| identity.groups.len())
+        };
+        assert_eq!(many(GROUPS_MAX - 1), Ok(GROUPS_MAX));
+        assert_eq!(many(GROUPS_MAX), Err(AccountError::TooManyGroups));
     }
 
     #[test]
     fn an_empty_filesystem_has_root() {
-        assert_eq!(resolve("", b"", b""), Ok(Identity { uid: 0, gid: 0, groups: vec![], home: "/".into() }));
+        assert_eq!(resolve("", b"", b""), Ok(Identity { uid: 0, gid: 0, groups: vec![0], home: "/".into() }));
     }
 
     proptest! {

@@ -14,6 +14,10 @@ use crate::program;
 const COMMAND_BYTES_MAX: usize = 96 * 1024;
 /// Most bytes of the image's passwd and group files: directories of large sites stay below.
 const ACCOUNTS_FILE_BYTES_MAX: usize = 1024 * 1024;
+/// Most volumes of an image, as the keeper takes them.
+const VOLUMES_MAX: usize = 32;
+/// What the platform mounts itself: an image's volume there, or below, means nothing.
+const PLATFORM_PLACES: [&str; 3] = ["/dev", "/proc", "/sys"];
 /// Where servers listen that say nothing else.
 const PORT_DEFAULT: NonZeroU16 = NonZeroU16::new(8080).unwrap();
 /// What Docker gives to an image that sets no `PATH`.
@@ -78,7 +82,7 @@ pub struct User {
     pub uid: u32,
     /// Primary group id, below 65536.
     pub gid: u32,
-    /// Supplementary groups, each below 65536.
+    /// Supplementary groups, the primary one among them, each below 65536.
     pub groups: Vec<u32>,
 }
 
@@ -181,6 +185,12 @@ pub enum PlanError {
     /// A NUL character where none can be.
     #[error("{0} of the image contains a NUL character")]
     Nul(&'static str),
+    /// A VOLUME on something else.
+    #[error("volume '{0}' of the image is no directory there")]
+    VolumeNotDirectory(String),
+    /// More of them than can be had.
+    #[error("the image has {0} volumes, the most is {VOLUMES_MAX}")]
+    TooManyVolumes(usize),
     /// Command line and environment are too long.
     #[error("command line and environment have {bytes} bytes, the most is {COMMAND_BYTES_MAX}")]
     TooLong {
@@ -219,6 +229,15 @@ impl PlanError {
                     .with_hint("build the image with another USER: ids up to 65535 and 64 groups can be used");
             }
             Self::Nul(_) => ErrorCode::ImageInvalid,
+            Self::VolumeNotDirectory(_) => {
+                return Failure::new(ErrorCode::ImageInvalid, self.to_string())
+                    .with_hint("build the image with VOLUME at a directory, or at a path that it does not have");
+            }
+            Self::TooManyVolumes(_) => {
+                return Failure::new(ErrorCode::ImageUnsupported, self.to_string()).with_hint(
+                    "build the image with fewer volumes: all but the files below /dev, /proc and /sys can be written anyway",
+                );
+            }
             Self::TooLong { .. } => {
                 return Failure::new(ErrorCode::ImageUnsupported, self.to_string())
                     .with_hint("put long values into files of the image");
@@ -231,9 +250,10 @@ impl PlanError {
 
 /// What an instance of the function needs, by what its image says and holds.
 ///
-/// The command line is ENTRYPOINT followed by the function's arguments or else CMD; an entrypoint of the function's own leaves CMD out. Variables of the image come first, then `PORT`
-/// (contract http), then the function's own. For contract stdio the command must be there and be executable: nothing is started at a
-/// deploy that would show it.
+/// The command line is ENTRYPOINT followed by the function's arguments or else CMD; an entrypoint of the function's own leaves CMD out, and
+/// an empty one ENTRYPOINT, too. Variables of the image come first, then `PORT` (contract http), then the function's own; `PATH`, `HOME` and
+/// `HOSTNAME` are set where nobody does, as in Docker. For contract stdio the command must be there and be executable: nothing is started
+/// at a deploy that would show it.
 pub fn plan(config: &ImageConfig, files: &dyn ImageFiles, spec: &FunctionSpec) -> Result<StartPlan, PlanError> {
     let argv = argv(config, spec)?;
     let working_dir = working_dir(spec.working_dir.as_deref().unwrap_or(&config.working_dir))?;
@@ -260,7 +280,7 @@ pub fn plan(config: &ImageConfig, files: &dyn ImageFiles, spec: &FunctionSpec) -
         listeners: Vec::new(),
         socket_directories: Vec::new(),
         user,
-        volumes: Vec::new(),
+        volumes: volumes(config, files, spec)?,
         isolation: spec.isolation.clone(),
         readiness,
         streams,
@@ -275,6 +295,8 @@ pub fn plan(config: &ImageConfig, files: &dyn ImageFiles, spec: &FunctionSpec) -
 
 fn argv(config: &ImageConfig, spec: &FunctionSpec) -> Result<Vec<String>, PlanError> {
     let (first, rest) = match &spec.entrypoint {
+        // `--entrypoint ''` takes the image's away, as in Docker.
+        Some(entrypoint) if entrypoint.iter().all(String::is_empty) => (&Vec::new(), spec.args.as_deref().unwrap_or_default()),
         Some(entrypoint) => (entrypoint, spec.args.as_deref().unwrap_or_default()),
         None => (&config.entrypoint, spec.args.as_deref().unwrap_or(&config.cmd)),
     };
@@ -288,11 +310,44 @@ fn argv(config: &ImageConfig, spec: &FunctionSpec) -> Result<Vec<String>, PlanEr
     Ok(argv)
 }
 
-/// Absolute and free of `.`, `..` and doubled slashes; relative ones stand below the root, as in Docker.
 fn working_dir(text: &str) -> Result<String, PlanError> {
     if text.contains('\0') {
         return Err(PlanError::Nul("the working directory"));
     }
+    Ok(cleaned(text))
+}
+
+/// Where the image wants to write, each once, the upper ones first; without what is the platform's, or a tmpfs of the function's own.
+fn volumes(config: &ImageConfig, files: &dyn ImageFiles, spec: &FunctionSpec) -> Result<Vec<String>, PlanError> {
+    let is_platforms = |path: &str| {
+        let below = |place: &str| path.strip_prefix(place).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+        path == "/" || PLATFORM_PLACES.iter().any(|place| below(place))
+    };
+    let is_tmpfs = |path: &str| spec.isolation.tmpfs.iter().any(|mount| mount.path() == path);
+    let mut volumes = std::collections::BTreeSet::new();
+    for text in &config.volumes {
+        if text.contains('\0') {
+            return Err(PlanError::Nul("a volume"));
+        }
+        let path = cleaned(text);
+        if is_platforms(&path) || is_tmpfs(&path) {
+            continue;
+        }
+        let found = files.stat(&path).map_err(|source| PlanError::ImageFile { path: path.clone(), source })?;
+        if found.is_some_and(|stat| stat.kind != FileKind::Directory) {
+            return Err(PlanError::VolumeNotDirectory(path));
+        }
+        volumes.insert(path);
+    }
+    if volumes.len() > VOLUMES_MAX {
+        return Err(PlanError::TooManyVolumes(volumes.len()));
+    }
+    // In byte order a directory comes before what lies in it.
+    Ok(volumes.into_iter().collect())
+}
+
+/// Absolute and free of `.`, `..` and doubled slashes; relative ones stand below the root, as in Docker.
+fn cleaned(text: &str) -> String {
     let mut parts = Vec::new();
     for part in text.split('/') {
         match part {
@@ -301,7 +356,7 @@ fn working_dir(text: &str) -> Result<String, PlanError> {
             part => parts.push(part),
         }
     }
-    Ok(format!("/{}", parts.join("/")))
+    format!("/{}", parts.join("/"))
 }
 
 fn port(config: &ImageConfig, spec: &FunctionSpec) -> NonZeroU16 {
@@ -328,6 +383,7 @@ fn env(config: &ImageConfig, spec: &FunctionSpec, port: Option<NonZeroU16>, iden
     spec.env.iter().for_each(|var| set(var, true));
     set(&var("PATH", PATH_DEFAULT), false);
     set(&var("HOME", &identity.home), false);
+    set(&var("HOSTNAME", spec.id.slug().as_str()), false);
     env
 }
 

@@ -17,10 +17,17 @@ fn main() {
     };
     let runs = arguments.next().map_or(1, |runs| runs.parse().expect("RUNS is a number"));
     let open = || BufReader::new(File::open(&blob).expect("the blob can be opened"));
-    let gzip = open().fill_buf().expect("the blob can be read").starts_with(&[0x1f, 0x8b]);
-    let compression = if gzip { Compression::Gzip } else { Compression::None };
+    let compression = match open().fill_buf().expect("the blob can be read") {
+        [0x1f, 0x8b, ..] => Compression::Gzip,
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => Compression::Zstd,
+        _ => Compression::None,
+    };
     let (digest, size) = sha256(open());
-    let (diff_id, _) = if gzip { sha256(MultiGzDecoder::new(open())) } else { (digest, size) };
+    let (diff_id, _) = match compression {
+        Compression::None => (digest, size),
+        Compression::Gzip => sha256(MultiGzDecoder::new(open())),
+        Compression::Zstd => sha256(ruzstd::decoding::StreamingDecoder::new(open()).expect("the blob is a zstd frame")),
+    };
     let meta = LayerBlob { digest, size, compression };
     let layer = LayerId { diff_id, base: true };
     for _ in 0..runs {

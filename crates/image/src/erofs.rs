@@ -13,6 +13,7 @@
 //!
 //! The output depends on the archive and the options alone: no clock, no random number, no order of a hash map.
 
+mod derive;
 mod emit;
 mod format;
 mod reader;
@@ -21,6 +22,7 @@ mod unpack;
 mod writer;
 mod xattr;
 
+pub use derive::{DeriveError, derive};
 pub use format::{
     BLOCK_BITS, BLOCK_BYTES, FEATURE_COMPAT, FEATURE_INCOMPAT, MAGIC, ROOT_NID, SUPERBLOCK_OFFSET, Superblock, SuperblockError,
 };

@@ -2,9 +2,10 @@
 
 use std::error::Error;
 
-use funtainer_model::{ErrorCode, Failure, ImageRef};
+use funtainer_model::{ErrorCode, Failure, ImageRef, LayerId};
 
 use crate::client::ClientError;
+use crate::erofs::{DeriveError, WriteError};
 use crate::import::ImportError;
 use crate::layer::LayerError;
 use crate::manifest::ManifestError;
@@ -41,6 +42,17 @@ pub enum ImageError {
         #[source]
         source: LayerError,
     },
+    /// One of its layers cannot be put over the ones below it.
+    #[error("layer {} of {image} cannot be put over the ones below it", layer.diff_id)]
+    Derive {
+        /// The image, or what stands for it while it has no name.
+        image: String,
+        /// The upper one.
+        layer: LayerId,
+        /// Why.
+        #[source]
+        source: DeriveError,
+    },
     /// Layers that are stored cannot be read.
     #[error("the stored layers of {image} cannot be read")]
     Rootfs {
@@ -67,6 +79,15 @@ impl ImageError {
             Self::Layer { image, source } => {
                 let failure = source.failure();
                 Failure { detail: format!("{image}: {}", failure.detail), ..failure }
+            }
+            Self::Derive { source, .. } => {
+                let code = match source {
+                    DeriveError::TooManyLinks | DeriveError::Reason(_) | DeriveError::Write(WriteError::Layer(_)) => {
+                        ErrorCode::ImageUnsupported
+                    }
+                    _ => ErrorCode::Internal,
+                };
+                Failure::new(code, chain(self))
             }
             Self::Rootfs { image, source } => {
                 Failure::new(ErrorCode::Internal, format!("{image}: stored layers cannot be read: {}", chain(source)))

@@ -161,6 +161,7 @@ impl ImageStore {
         for (layer, at) in found.layers() {
             self.import_layer(planned, layer, at, progress).await?;
         }
+        self.derive_layers(planned.label(), found).await?;
         self.write_blob(found.manifest.config.digest, planned.config.clone()).await?;
         self.write_blob(found.digest, planned.document.clone()).await?;
         let mut images = Vec::new();

@@ -12,6 +12,7 @@ mod blob;
 mod pipe;
 
 use std::error::Error;
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 
@@ -29,6 +30,9 @@ pub const EXPANSION_FREE_BYTES: u64 = 1 << 30;
 /// Beyond that, the tar may be at most this many times as large as its blob. Deflate can reach 1032; layers reach 10.
 pub const EXPANSION_RATIO_MAX: u64 = 200;
 
+/// Largest window of a zstd frame in bytes, which is held in memory: what `zstd` itself takes without being told to take more.
+pub const ZSTD_WINDOW_BYTES_MAX: u64 = 128 << 20;
+
 /// How a layer's blob is compressed, as its media type says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
@@ -36,6 +40,18 @@ pub enum Compression {
     None,
     /// gzip, of one or more members.
     Gzip,
+    /// zstd (RFC 8878), of one or more frames, with windows of at most [`ZSTD_WINDOW_BYTES_MAX`].
+    Zstd,
+}
+
+impl fmt::Display for Compression {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "tar",
+            Self::Gzip => "gzip",
+            Self::Zstd => "zstd",
+        })
+    }
 }
 
 /// What the manifest says of a layer's blob.
@@ -103,10 +119,12 @@ pub enum LayerError {
         actual: Digest,
     },
     /// The blob is not what its media type says.
-    #[error("the blob {digest} is no valid gzip stream")]
+    #[error("the blob {digest} is no valid {compression} stream")]
     Inflate {
         /// Which blob.
         digest: Digest,
+        /// What it should be.
+        compression: Compression,
         /// What is wrong.
         #[source]
         source: io::Error,
@@ -258,6 +276,15 @@ mod tests {
         encoder.finish().unwrap()
     }
 
+    fn zstd(bytes: &[u8]) -> Vec<u8> {
+        ruzstd::encoding::compress_to_vec(bytes, ruzstd::encoding::CompressionLevel::Fastest)
+    }
+
+    /// A frame that decoders pass over (RFC 8878, section 3.1.2).
+    fn skippable(bytes: &[u8]) -> Vec<u8> {
+        [&0x184D_2A53_u32.to_le_bytes()[..], &(bytes.len() as u32).to_le_bytes(), bytes].concat()
+    }
+
     fn run(blob: &[u8], compression: Compression, diff_id: Digest) -> (Result<LayerSummary, LayerError>, File) {
         let meta = LayerBlob { digest: sha256(blob), size: blob.len() as u64, compression };
         run_as(blob, &meta, diff_id)
@@ -277,6 +304,8 @@ mod tests {
             (tar.clone(), Compression::None),
             (gzip(&tar), Compression::Gzip),
             ([gzip(halves.0), gzip(halves.1)].concat(), Compression::Gzip),
+            (zstd(&tar), Compression::Zstd),
+            ([zstd(halves.0), skippable(b"index"), zstd(halves.1), skippable(b"")].concat(), Compression::Zstd),
         ];
         for (blob, compression) in blobs {
             let (result, file) = run(&blob, compression, sha256(&tar));
@@ -321,12 +350,29 @@ mod tests {
         assert!(matches!(run(&damaged, Compression::Gzip, diff_id).0.unwrap_err(), LayerError::Inflate { .. }));
         assert!(matches!(run(&blob, Compression::None, diff_id).0.unwrap_err(), LayerError::Archive { .. }));
         assert!(matches!(run(&tar, Compression::Gzip, diff_id).0.unwrap_err(), LayerError::Inflate { .. }));
+        assert!(matches!(run(&tar, Compression::Zstd, diff_id).0.unwrap_err(), LayerError::Inflate { .. }));
+        let packed = zstd(&tar);
+        for cut in [0, 3, packed.len() / 2, packed.len() - 1] {
+            let error = run(&packed[..cut], Compression::Zstd, diff_id).0.unwrap_err();
+            assert!(matches!(error, LayerError::Inflate { .. }), "{cut}: {error}");
+        }
+        let cut = [packed, skippable(b"cut")].concat();
+        assert!(matches!(run(&cut[..cut.len() - 1], Compression::Zstd, diff_id).0.unwrap_err(), LayerError::Inflate { .. }));
         let error = run(&gzip(&[b'1'; 4096]), Compression::Gzip, diff_id).0.unwrap_err();
         let Failure { code, detail, .. } = error.failure();
         assert_eq!(code, ErrorCode::ImageInvalid);
         let cause = "entry '' at byte 0 of the tar cannot be read: the checksum of the header is wrong";
         assert_eq!(detail, format!("the layer {diff_id} cannot be used: {cause}"));
     }
+
+    #[test]
+    fn a_window_that_takes_too_much_memory_is_refused() {
+        // No single segment, no checksum; a window of 2^(10 + 21) bytes; then an empty last block.
+        let frame = |window: u8| [&0xFD2F_B528_u32.to_le_bytes()[..], &[0, window << 3, 1, 0, 0]].concat();
+        assert!(matches!(run(&frame(21), Compression::Zstd, sha256(b"")).0.unwrap_err(), LayerError::Inflate { .. }));
+        assert!(matches!(run(&frame(17), Compression::Zstd, sha256(b"")).0, Ok(LayerSummary { tar_bytes: 0, .. })));
+    }
+
     #[test]
     fn a_failing_source_and_a_full_disk_are_told_apart() {
         struct Failing;

@@ -379,6 +379,9 @@ fn layer_blob(raw: &oci::Descriptor) -> Result<LayerBlob, ManifestError> {
         "application/vnd.oci.image.layer.v1.tar+gzip" | "application/vnd.docker.image.rootfs.diff.tar.gzip" => {
             Compression::Gzip
         }
+        "application/vnd.oci.image.layer.v1.tar+zstd" | "application/vnd.docker.image.rootfs.diff.tar.zstd" => {
+            Compression::Zstd
+        }
         _ => return Err(ManifestError::LayerType { digest: raw.digest().to_string(), media_type }),
     };
     let Descriptor { digest, size } = Descriptor::new("manifest", raw)?;

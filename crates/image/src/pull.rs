@@ -1,6 +1,7 @@
 //! From a name to an image that is here as a whole.
 
 use std::fs::File;
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use funtainer_model::{Digest, ImageRef, LayerId};
@@ -8,13 +9,15 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use tempfile::{NamedTempFile, TempPath};
 
 use crate::client::{Blob, ClientError, RawDocument};
+use crate::erofs;
 use crate::error::{ImageError, registry_failed};
 use crate::hash::sha256;
 use crate::layer::{self, LayerBlob};
 use crate::manifest::{Descriptor, Document, INDEX_DEPTH_MAX, Manifest, ManifestError};
 use crate::names::NameRecord;
 use crate::pipe::{PipeSender, ReaderGone, pipe};
-use crate::store::{Found, Image, ImageStore, StoreError};
+use crate::rootfs::Rootfs;
+use crate::store::{self, Disk, Found, Image, ImageStore, StoreError};
 
 /// How often one layer is fetched at most when its connection breaks.
 const LAYER_ATTEMPTS_MAX: u32 = 3;
@@ -22,6 +25,9 @@ const LAYER_ATTEMPTS_MAX: u32 = 3;
 const LAYER_PAUSE: Duration = Duration::from_millis(500);
 /// A layer tells of its progress at its beginning, its end, and each time so many bytes came.
 const PROGRESS_STEP_BYTES: u64 = 1 << 20;
+
+/// Most layers that are noted to fit over what lies below them: a note saves another look, nothing else.
+const FITTING_MAX: usize = 4096;
 
 /// Whether a registry is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,6 +95,7 @@ impl ImageStore {
             fetches.push(self.ensure_layer(image, *layer, &found.manifest.layers[*at], progress));
         }
         stream::iter(fetches).buffer_unordered(layers.len()).try_collect::<Vec<()>>().await?;
+        self.derive_layers(image, &found).await?;
         let complete = self.complete(image, &found).await?;
         let imported = self.stored_name(image, policy).is_some_and(|name| name.imported);
         self.set_name(image, found.digest, imported).await?;
@@ -229,6 +236,40 @@ impl ImageStore {
         written.await.map_err(|error| ImageError::Store(StoreError::Thread(error)))?
     }
 
+    /// Makes the forms of an image's layers that the ones below them ask for, where those differ from what is there. All layers are here.
+    pub(crate) async fn derive_layers(&self, image: impl ToString, found: &Found) -> Result<(), ImageError> {
+        let mut chain: Vec<LayerId> = Vec::new();
+        for (layer, _) in found.layers() {
+            let form = if layer.base { layer } else { self.derive_layer(image.to_string(), layer, &chain).await? };
+            chain.push(form);
+        }
+        Ok(())
+    }
+
+    /// The form of `layer` to use over `below`; made if it is not there.
+    async fn derive_layer(&self, image: String, layer: LayerId, below: &[LayerId]) -> Result<LayerId, ImageError> {
+        let form = store::derived(layer, below);
+        let _flight = self.layer_flights.enter(form).await;
+        if self.fitting.lock().unwrap_or_else(PoisonError::into_inner).contains(&form) {
+            return Ok(layer);
+        }
+        if self.has_layer(form).await? {
+            return Ok(form);
+        }
+        let (disk, below) = (self.disk.clone(), below.to_vec());
+        let derived = tokio::task::spawn_blocking(move || derive(&disk, &image, layer, &below));
+        if let Some(finished) = derived.await.map_err(|error| ImageError::Store(StoreError::Thread(error)))?? {
+            self.commit(form, finished).await?;
+            return Ok(form);
+        }
+        let mut fitting = self.fitting.lock().unwrap_or_else(PoisonError::into_inner);
+        if fitting.len() >= FITTING_MAX {
+            fitting.clear();
+        }
+        fitting.insert(form);
+        Ok(layer)
+    }
+
     pub(crate) async fn commit(&self, layer: LayerId, finished: FinishedLayer) -> Result<(), ImageError> {
         let FinishedLayer { path, readable } = finished;
         let committed = self.committer.commit(layer, readable).await;
@@ -241,6 +282,25 @@ impl ImageStore {
 pub(crate) struct FinishedLayer {
     path: TempPath,
     readable: File,
+}
+
+/// The other form of a layer in a new file in `tmp`; none where the layer fits over `below` as it is.
+fn derive(disk: &Disk, image: &str, layer: LayerId, below: &[LayerId]) -> Result<Option<FinishedLayer>, ImageError> {
+    let wrong = |source| ImageError::Derive { image: image.to_owned(), layer, source };
+    let file = disk.open_layers(&[layer])?.pop().expect("as many files as layers");
+    let reader = erofs::Reader::new(file).map_err(|error| wrong(error.into()))?;
+    if !reader.superblock().implied {
+        return Ok(None);
+    }
+    let below = Rootfs::new(disk.open_layers(below)?).map_err(|error| wrong(error.into()))?;
+    let io = |source| ImageError::Store(StoreError::io("write a layer below", disk.tmp(), source));
+    let out = NamedTempFile::new_in(disk.tmp()).map_err(io)?;
+    if !erofs::derive(&reader, &below, out.as_file()).map_err(wrong)? {
+        return Ok(None);
+    }
+    out.as_file().sync_all().map_err(io)?;
+    let readable = File::open(out.path()).map_err(io)?;
+    Ok(Some(FinishedLayer { path: out.into_temp_path(), readable }))
 }
 
 /// Moves a blob into the pipe. A reader that gave up has its own error to tell.

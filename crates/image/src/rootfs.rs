@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use crate::erofs::{self, Inode, InodeKind, Nid, SYMLINK_HOPS_MAX, WALK_STEPS_MAX};
-use crate::tar::printable;
+use crate::tar::{Xattr, printable};
 
 /// Most names that one listing returns.
 pub const LIST_MAX: usize = 1 << 20;
@@ -115,6 +115,22 @@ impl Rootfs {
     /// What a path is itself: a symbolic link at its end is not followed.
     pub fn symlink_stat(&self, path: impl AsRef<Path>) -> Result<Stat, RootfsError> {
         self.resolve(path.as_ref(), false).map(|node| node.stat())
+    }
+
+    /// The inode of a path, a symbolic link at its end not followed, with its extended attributes; of a directory those of the uppermost layer.
+    /// `None` where nothing is.
+    pub(crate) fn inode(&self, path: impl AsRef<Path>) -> Result<Option<(Inode, Vec<Xattr>)>, RootfsError> {
+        let (layer, inode) = match self.resolve(path.as_ref(), false) {
+            Ok(Node::Leaf { layer, inode }) => (layer, inode),
+            Ok(Node::Directory(merged)) => match merged.into_iter().next() {
+                Some(uppermost) => uppermost,
+                None => return Ok(None),
+            },
+            Err(RootfsError::NotFound(_) | RootfsError::NotDirectory(_)) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let xattrs = self.layer(layer, |reader| reader.xattrs(&inode))?;
+        Ok(Some((inode, xattrs)))
     }
 
     /// The content of a file of at most `bytes_max` bytes, symbolic links followed.

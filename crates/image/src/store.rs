@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! DIR/blobs/sha256/HEX    manifests, indexes and configurations, verified
-//! DIR/layers/NAME         layers as file systems (LayerId::file_name); only the committer writes here
+//! DIR/layers/NAME         layers as file systems (LayerId::file_name); only the committer writes here. Where the layers below ask for
+//!                         another form of a layer (erofs::derive), that one lies beside it, named by all of them
 //! DIR/names.json          which name means which manifest
 //! DIR/tmp/                what is being written; swept when the store is opened
 //! ```
@@ -11,10 +12,11 @@
 //! whole. A crash leaves files in `tmp` at most. One store is used by one process at a time: who opens it holds the lock of
 //! the data directory.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use funtainer_model::{Digest, ImageConfig, ImageRef, LayerId};
@@ -77,6 +79,8 @@ pub struct ImageStore {
     pub(crate) layer_flights: Flights<LayerId>,
     pub(crate) layer_slots: Semaphore,
     names: Arc<Names>,
+    /// Layers with implied directories that fit what lies below as they are, by the names that their other forms would have.
+    pub(crate) fitting: Mutex<HashSet<LayerId>>,
 }
 
 /// The directories of a store. Its functions block on the disk.
@@ -168,6 +172,7 @@ impl ImageStore {
             layer_flights: Flights::default(),
             layer_slots: Semaphore::new(LAYERS_AT_ONCE),
             names: Arc::new(names),
+            fitting: Mutex::default(),
         })
     }
 
@@ -192,11 +197,7 @@ impl ImageStore {
 
     /// The files of an image, read from its layers without a mount. Blocks on the disk.
     pub fn rootfs(&self, image: &Image) -> Result<Rootfs, ImageError> {
-        let open = |layer: &LayerId| {
-            let path = self.disk.layers.join(layer.file_name());
-            File::open(&path).map_err(|source| StoreError::io("open", &path, source))
-        };
-        let files = image.layers.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let files = self.disk.open_layers(&image.layers)?;
         Rootfs::new(files).map_err(|source| ImageError::Rootfs { image: image.reference.to_string(), source })
     }
 
@@ -222,17 +223,15 @@ impl ImageStore {
 
     /// The image if all of its layers are here.
     pub(crate) async fn image(&self, reference: &ImageRef, found: &Found) -> Result<Option<Image>, StoreError> {
-        let layers: Vec<LayerId> = found.layers().into_iter().map(|(layer, _)| layer).collect();
-        let (disk, wanted) = (self.disk.clone(), layers.clone());
-        let sizes =
-            blocking(move || wanted.iter().map(|layer| disk.layer_size(*layer)).collect::<Result<Option<Vec<u64>>, _>>());
-        let Some(sizes) = sizes.await? else { return Ok(None) };
+        let wanted: Vec<LayerId> = found.layers().into_iter().map(|(layer, _)| layer).collect();
+        let disk = self.disk.clone();
+        let Some((layers, size)) = blocking(move || disk.chain(&wanted)).await? else { return Ok(None) };
         Ok(Some(Image {
             reference: reference.clone(),
             digest: found.digest,
             config: found.config.config.clone(),
             layers,
-            size: sizes.iter().sum(),
+            size,
         }))
     }
 
@@ -303,6 +302,34 @@ impl Disk {
         }
     }
 
+    /// The layers as they are to be mounted, each in the form that those below it ask for, and their bytes; none while one is missing.
+    fn chain(&self, wanted: &[LayerId]) -> Result<Option<(Vec<LayerId>, u64)>, StoreError> {
+        let (mut chain, mut bytes) = (Vec::with_capacity(wanted.len()), 0);
+        for layer in wanted {
+            let other = if layer.base { None } else { Some(derived(*layer, &chain)) };
+            let mut found = None;
+            for form in other.into_iter().chain([*layer]) {
+                if let Some(size) = self.layer_size(form)? {
+                    found = Some((form, size));
+                    break;
+                }
+            }
+            let Some((form, size)) = found else { return Ok(None) };
+            chain.push(form);
+            bytes += size;
+        }
+        Ok(Some((chain, bytes)))
+    }
+
+    /// The files of layers.
+    pub(crate) fn open_layers(&self, layers: &[LayerId]) -> Result<Vec<File>, StoreError> {
+        let open = |layer: &LayerId| {
+            let path = self.layers.join(layer.file_name());
+            File::open(&path).map_err(|source| StoreError::io("open", &path, source))
+        };
+        layers.iter().map(open).collect()
+    }
+
     fn sweep(&self) -> Result<(), StoreError> {
         let entries = fs::read_dir(&self.tmp).map_err(|source| StoreError::io("list", &self.tmp, source))?;
         for entry in entries {
@@ -314,6 +341,13 @@ impl Disk {
         }
         Ok(())
     }
+}
+
+/// The name of the form of `layer` that fits over `below` (bottom to top).
+pub(crate) fn derived(layer: LayerId, below: &[LayerId]) -> LayerId {
+    let names = below.iter().chain([&layer]).map(|layer| layer.file_name() + "\n");
+    let text = std::iter::once("funtainer derived layer 1\n".to_owned()).chain(names).collect::<String>();
+    LayerId { diff_id: sha256(text.as_bytes()), base: false }
 }
 
 impl StoreError {

@@ -148,6 +148,9 @@ pub enum IsolationError {
     /// No file system in memory.
     #[error("'{0}' is no tmpfs: write an absolute path without '..', and a size behind a colon if you like, such as /tmp:64M")]
     Tmpfs(String),
+    /// A place of the platform's.
+    #[error("no tmpfs can be at {0}: /dev, /proc and /sys are the platform's; only the size of /dev/shm can be set")]
+    TmpfsReserved(String),
     /// One place for two.
     #[error("two tmpfs are wanted at {0}")]
     TmpfsTwice(String),
@@ -289,12 +292,15 @@ impl Isolation {
 }
 
 impl TmpfsMount {
-    /// A file system at an absolute path; with as much room as the instance has memory, where no size is given.
+    /// A file system at an absolute path, `/dev/shm` among them but nothing else in `/dev`, `/proc` and `/sys`; with as much room as the instance has memory, where no size is given.
     pub fn new(path: &str, size: Option<ByteSize>) -> Result<Self, IsolationError> {
         let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
         let fine = path.starts_with('/') && path.len() <= PATH_BYTES_MAX && !path.contains('\0');
         if !fine || parts.is_empty() || parts.contains(&"..") || size.is_some_and(|size| size.as_bytes() == 0) {
             return Err(IsolationError::Tmpfs(path.to_owned()));
+        }
+        if matches!(parts[0], "dev" | "proc" | "sys") && parts != ["dev", "shm"] {
+            return Err(IsolationError::TmpfsReserved(path.to_owned()));
         }
         Ok(Self { path: format!("/{}", parts.join("/")), size })
     }
@@ -319,7 +325,10 @@ impl FromStr for TmpfsMount {
             None => Self::new(text, None),
             Some((path, size)) => Self::new(path, Some(size.parse().map_err(|_| wrong())?)),
         }
-        .map_err(|_| wrong())
+        .map_err(|error| match error {
+            IsolationError::Tmpfs(_) => wrong(),
+            other => other,
+        })
     }
 }
 
@@ -473,7 +482,9 @@ mod tests {
             ("/var/tmp/x", "64M".parse().ok(), "/var/tmp/x:64M")
         );
         assert_eq!("/tmp".parse::<TmpfsMount>().unwrap().size(), None);
-        for wrong in ["", "/", "tmp", "/a/../b", "/tmp:", "/tmp:much", "/tmp:0"] {
+        assert_eq!("/dev/shm:1G".parse::<TmpfsMount>().unwrap().path(), "/dev/shm");
+        assert_eq!("/device".parse::<TmpfsMount>().unwrap().path(), "/device");
+        for wrong in ["", "/", "tmp", "/a/../b", "/tmp:", "/tmp:much", "/tmp:0", "/dev", "/dev/x", "/proc/1:1M", "/./sys/"] {
             assert!(wrong.parse::<TmpfsMount>().is_err(), "{wrong}");
         }
         let twice = Isolation { tmpfs: vec!["/a".parse().unwrap(), "/a/:1M".parse().unwrap()], ..Isolation::default() };

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! born by the zygote's clone3 in new mount, pid, uts and ipc namespaces, in the network namespace that the zygote prepared
-//!   cgroup ─ root attached ─ planned files ─ /dev /proc /sys ─ pivot ─ masks ─ host name ─ sockets sent ─ working directory
+//!   cgroup ─ root attached ─ planned files ─ volumes, tmpfs ─ /dev /proc /sys ─ pivot ─ masks ─ host name ─ sockets sent ─ working directory
 //!   ─ limits ─ bounding set ─ no_new_privs unless switched off
 //!   ─ filter ─ vfork ┬ stdio, ids, capabilities, exec: the image's process
 //!                    └ Executed sent, all descriptors closed, capabilities dropped but KILL
@@ -23,7 +23,7 @@ use rustix::thread::{CapabilitySet, UnshareFlags};
 use crate::clone::{VforkStack, vfork};
 use crate::mount::{self, INERT, Tmpfs};
 use crate::program::{Program, c_string};
-use crate::protocol::{DESCRIPTORS_MAX, InitMessage, InitStep, LISTENERS_MAX, SocketCounts, Streams, WindowSize};
+use crate::protocol::{DESCRIPTORS_MAX, InitMessage, InitStep, LISTENERS_MAX, RevisionSpec, SocketCounts, Streams, WindowSize};
 use crate::seccomp::Filter;
 use crate::signals::{self, FORWARD, SignalSet};
 use crate::step::StepError;
@@ -40,8 +40,12 @@ pub(crate) const RUNNING: i32 = i32::MIN + 1;
 pub(crate) const FULL: i32 = 1 << 16;
 /// Where the zygote's root has an empty directory for the instance's root.
 pub(crate) const ROOT_PLACE: &CStr = c"/root";
+/// Where POSIX shared memory is.
+const SHM: &str = "/dev/shm";
 /// Room of `/dev/shm`, as Docker's default. Its pages count towards the memory limit.
 const SHM_BYTES: u64 = 64 << 20;
+/// Mode of a tmpfs where the image has nothing, as tmpfs itself has it.
+const TMPFS_MODE: u32 = 0o1777;
 /// Connections that may wait on one of the platform's listeners inside.
 const LISTEN_BACKLOG: i32 = 128;
 /// Exit code of an init that could not execute its program: nobody reads it, the daemon was told the step.
@@ -56,6 +60,9 @@ pub(crate) struct Prepared {
     hostname: Vec<u8>,
     working_dir: CString,
     working_dir_parents: Vec<Place>,
+    /// Upper ones first.
+    extras: Vec<Extra>,
+    shm_bytes: u64,
     files: Vec<PreparedFile>,
     listeners: Vec<u16>,
     sockets: SocketCounts,
@@ -99,6 +106,44 @@ struct Place {
     name: CString,
 }
 
+/// A directory that is not simply the image's.
+struct Extra {
+    /// From the root.
+    path: CString,
+    /// The directories on the way, without the last one.
+    parents: Vec<Place>,
+    place: Place,
+    kind: ExtraKind,
+}
+
+#[derive(Clone, Copy)]
+enum ExtraKind {
+    /// Writable, with what the image has there.
+    Volume,
+    /// A file system in memory of this size.
+    Tmpfs(u64),
+}
+
+impl Extra {
+    fn new(path: &[u8], kind: ExtraKind) -> Option<Self> {
+        let mut parents = places(path);
+        let place = parents.pop()?;
+        Some(Self { path: c_string(path), parents, place, kind })
+    }
+
+    /// All of a specification, upper ones first: none covers another.
+    fn all(spec: &RevisionSpec) -> Vec<Self> {
+        let volumes = spec.volumes.iter().map(|path| (path.as_slice(), ExtraKind::Volume));
+        let tmpfs = spec.isolation.tmpfs.iter().filter(|mount| mount.path() != SHM).map(|mount| {
+            let size = mount.size().unwrap_or(spec.limits.memory);
+            (mount.path().as_bytes(), ExtraKind::Tmpfs(size.as_bytes()))
+        });
+        let mut all: Vec<Self> = volumes.chain(tmpfs).filter_map(|(path, kind)| Self::new(path, kind)).collect();
+        all.sort_by_key(|extra| extra.parents.len());
+        all
+    }
+}
+
 struct PreparedFile {
     parents: Vec<Place>,
     place: Place,
@@ -123,6 +168,13 @@ impl Prepared {
             hostname: spec.hostname.as_bytes().to_vec(),
             working_dir: c_string(&spec.working_dir),
             working_dir_parents: places(&spec.working_dir),
+            extras: Extra::all(spec),
+            shm_bytes: spec
+                .isolation
+                .tmpfs
+                .iter()
+                .find(|mount| mount.path() == SHM)
+                .map_or(SHM_BYTES, |mount| mount.size().unwrap_or(spec.limits.memory).as_bytes()),
             files: files.collect(),
             listeners: spec.listeners.clone(),
             sockets: spec.sockets,
@@ -321,11 +373,12 @@ fn mounts(prepared: &Prepared, root: OwnedFd) -> Result<(), Failed> {
     let root = open(ROOT_PLACE)?;
     // Before anything of the kernel's is mounted: no link of the image leads there.
     files(prepared, root.as_fd()).map_err(at(InitStep::Files))?;
+    extras(prepared, root.as_fd())?;
     make_directories(root.as_fd(), &prepared.working_dir_parents).map_err(at(InitStep::WorkingDirectory))?;
 
     let place = |name: &CStr| mount::target(root.as_fd(), name).map_err(&failed);
     mount::move_tree(c"/dev", place(c"dev")?.as_fd()).map_err(&failed)?;
-    let shm = Tmpfs { size_bytes: SHM_BYTES, uid: 0, gid: 0, mode: 0o1777, attributes: INERT };
+    let shm = Tmpfs { size_bytes: prepared.shm_bytes, uid: 0, gid: 0, mode: 0o1777, attributes: INERT };
     for (name, made) in [
         (c"dev/pts", mount::devpts(prepared.ids)),
         (c"dev/shm", mount::tmpfs(&shm)),
@@ -362,16 +415,59 @@ fn files(prepared: &Prepared, root: BorrowedFd<'_>) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Makes what is missing of a chain of directories.
-fn make_directories(root: BorrowedFd<'_>, chain: &[Place]) -> Result<(), Errno> {
-    for place in chain {
-        let parent = open_inside(root, &place.parent)?;
-        match rustix::fs::mkdirat(&parent, &place.name, Mode::from_raw_mode(0o755)) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(errno) => return Err(errno),
+/// Makes volumes and mounts what was asked for. The image's links are followed inside its root.
+///
+/// A volume is part of the writable layer. Where the rest of that is to be read-only, its place gets a mount of its own, of the same file system: so
+/// it has the image's content, owner and mode, and the room that the writable layer has. A tmpfs has the owner and mode of the image's directory,
+/// and is everybody's where the image has none.
+fn extras(prepared: &Prepared, root: BorrowedFd<'_>) -> Result<(), Failed> {
+    let failed = at(InitStep::Volumes);
+    if prepared.extras.is_empty() {
+        return Ok(());
+    }
+    let identity = |directory: BorrowedFd<'_>| rustix::fs::fstat(directory).map(|found| (found.st_dev, found.st_ino));
+    let root_identity = identity(root).map_err(&failed)?;
+    for Extra { path, parents, place, kind } in &prepared.extras {
+        make_directories(root, parents).map_err(&failed)?;
+        let is_new = make_directory(root, place).map_err(&failed)?;
+        let refused = during(InitStep::Volumes);
+        let mount = match kind {
+            ExtraKind::Volume if !prepared.read_only_root => continue,
+            ExtraKind::Volume => mount::part(open_inside(root, path).map_err(&failed)?.as_fd()),
+            ExtraKind::Tmpfs(size_bytes) => {
+                let mut options = Tmpfs { size_bytes: *size_bytes, uid: 0, gid: 0, mode: TMPFS_MODE, attributes: INERT };
+                if !is_new {
+                    let image = open_inside(root, path).and_then(rustix::fs::fstat).map_err(&failed)?;
+                    options.uid = image.st_uid;
+                    options.gid = image.st_gid;
+                    options.mode = image.st_mode & 0o7777;
+                }
+                mount::tmpfs(&options)
+            }
+        };
+        let target = open_inside(root, path).map_err(&failed)?;
+        // What lies on the root is out of sight, but for `/..`: there a root that is to be read-only could be written.
+        if identity(target.as_fd()).map_err(&failed)? == root_identity {
+            return Err(failed(Errno::BUSY));
         }
+        mount::attach(mount.map_err(&refused)?.as_fd(), target.as_fd()).map_err(&refused)?;
     }
     Ok(())
+}
+
+/// Makes what is missing of a chain of directories.
+fn make_directories(root: BorrowedFd<'_>, chain: &[Place]) -> Result<(), Errno> {
+    chain.iter().try_for_each(|place| make_directory(root, place).map(drop))
+}
+
+/// Whether it was not there.
+fn make_directory(root: BorrowedFd<'_>, place: &Place) -> Result<bool, Errno> {
+    let parent = open_inside(root, &place.parent)?;
+    match rustix::fs::mkdirat(&parent, &place.name, Mode::from_raw_mode(0o755)) {
+        Ok(()) => Ok(true),
+        Err(Errno::EXIST) => Ok(false),
+        Err(errno) => Err(errno),
+    }
 }
 
 fn open_inside(root: BorrowedFd<'_>, path: &CStr) -> Result<OwnedFd, Errno> {

@@ -20,6 +20,7 @@ mod layers;
 mod link;
 mod listen;
 mod mode;
+mod platform;
 mod requests;
 mod resident;
 mod unpacked;

@@ -22,14 +22,16 @@
 mod inside;
 mod layers;
 mod loops;
+mod platform;
 mod probe;
 mod workshop;
 
 pub use inside::{
-    DEVICES, MASKED, READ_ONLY, attach, bind_file, device_tree, make_private, mask_all, move_tree, pivot, remount_read_only,
-    remount_tree_read_only, set_read_only, target,
+    DEVICES, MASKED, READ_ONLY, attach, bind_file, device_tree, make_private, mask_all, move_tree, part, pivot,
+    remount_read_only, remount_tree_read_only, set_read_only, target,
 };
 pub use layers::{Mounted, Mounts, Writable};
+pub use platform::EtcFile;
 pub use probe::{Features, LayerSource, Missing, OverlayForm};
 
 use std::ffi::CStr;

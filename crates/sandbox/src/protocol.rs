@@ -402,4 +402,6 @@ pub enum InitStep {
     Terminal,
     /// Entering the namespaces of an instance: it is ending.
     Enter,
+    /// Volumes, and file systems in memory.
+    Volumes,
 }

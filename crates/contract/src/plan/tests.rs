@@ -91,6 +91,59 @@ fn command_lines() {
 }
 
 #[test]
+fn entrypoints_of_the_functions_own() {
+    let check = |entrypoint: &[&str], args: Option<&[&str]>, expect: Result<&[&str], &str>| {
+        let owned = |parts: &[&str]| parts.iter().map(|part| (*part).to_owned()).collect::<Vec<_>>();
+        let change = |spec: &mut FunctionSpec| {
+            spec.entrypoint = Some(owned(entrypoint));
+            spec.args = args.map(owned);
+        };
+        let plan = plan(&config(&["/e", "1"], &["c"]), &image(), &spec(Contract::Http, change));
+        let argv = plan.map(|plan| plan.argv).map_err(|error| error.failure().code.as_str());
+        assert_eq!(argv, expect.map(owned), "{entrypoint:?} {args:?}");
+    };
+    check(&["/own"], None, Ok(&["/own"]));
+    check(&["/own", "x"], Some(&["a"]), Ok(&["/own", "x", "a"]));
+    check(&[""], Some(&["/bin/cat", "a"]), Ok(&["/bin/cat", "a"]));
+    check(&[], Some(&["a"]), Ok(&["a"]));
+    check(&[""], None, Err("command-missing"));
+}
+
+#[test]
+fn volumes_are_directories_once_each() {
+    let check = |given: &[&str], tmpfs: &[&str], expect: Result<&[&str], &str>| {
+        let config = ImageConfig { volumes: given.iter().map(ToString::to_string).collect(), ..config(&["/e"], &[]) };
+        let spec = spec(Contract::Http, |spec| spec.isolation.tmpfs = tmpfs.iter().map(|text| text.parse().unwrap()).collect());
+        let volumes = plan(&config, &image(), &spec).map(|plan| plan.volumes);
+        let expect = expect.map(|paths| paths.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert_eq!(volumes.map_err(|error| error.failure().code.as_str()), expect, "{given:?}");
+    };
+    check(&[], &[], Ok(&[]));
+    check(&["/z", "/data/", "data", "/data/sub", "/bin/dir"], &[], Ok(&["/bin/dir", "/data", "/data/sub", "/z"]));
+    check(&["/", "/dev/shm", "/proc", "/sys/../sys/fs", "/device"], &[], Ok(&["/device"]));
+    check(&["/cache", "/data"], &["/cache:1M"], Ok(&["/data"]));
+    check(&["/bin/cat"], &[], Err("image-invalid"));
+    check(&["/a\0b"], &[], Err("image-invalid"));
+    check(&["/damaged"], &[], Err("image-invalid"));
+    let many: Vec<_> = (0..=VOLUMES_MAX).map(|number| format!("/v{number}")).collect();
+    let many: Vec<_> = many.iter().map(String::as_str).collect();
+    check(&many, &[], Err("image-unsupported"));
+    assert!(plan(&config(&["/e"], &[]), &image(), &spec(Contract::Http, |_| {})).unwrap().isolation.no_new_privileges);
+}
+
+#[test]
+fn users_and_directories_of_the_functions_own() {
+    let image_config = ImageConfig { user: "app".into(), working_dir: "/srv".into(), ..config(&["/bin/cat"], &[]) };
+    let own = spec(Contract::Http, |spec| {
+        spec.user = Some("0:staff".into());
+        spec.working_dir = Some("/own//dir/".into());
+    });
+    let plan = plan(&image_config, &image(), &own).unwrap();
+    assert_eq!((plan.user, plan.working_dir.as_str()), (User { uid: 0, gid: 50, groups: vec![50] }, "/own/dir"));
+    assert!(plan.env.iter().any(|var| var.to_string() == "HOME=/root"));
+}
+
+#[test]
 fn environments() {
     let variables = |vars: &[&str]| vars.iter().map(|var| var.parse().unwrap()).collect::<Vec<EnvVar>>();
     let check = |image_env: &[&str], own: &[&str], contract, expect: &[&str]| {
@@ -99,11 +152,16 @@ fn environments() {
         assert_eq!(env_of(&plan), expect);
     };
     let path = format!("PATH={PATH_DEFAULT}");
-    check(&[], &[], Contract::Http, &["PORT=8080", &path, "HOME=/root"]);
-    check(&[], &[], Contract::Stdio, &[&path, "HOME=/root"]);
-    check(&["A=1", "B=1", "A=2"], &["B=2", "C=3"], Contract::Stdio, &["A=2", "B=2", "C=3", &path, "HOME=/root"]);
-    check(&["PATH=/x", "HOME=/h", "PORT=3000"], &[], Contract::Http, &["PATH=/x", "HOME=/h", "PORT=8080"]);
-    check(&["PORT=3000"], &["PORT=4000"], Contract::Http, &["PORT=4000", &path, "HOME=/root"]);
+    check(&[], &[], Contract::Http, &["PORT=8080", &path, "HOME=/root", "HOSTNAME=f"]);
+    check(&[], &[], Contract::Stdio, &[&path, "HOME=/root", "HOSTNAME=f"]);
+    check(&["A=1", "B=1", "A=2"], &["B=2", "C=3"], Contract::Stdio, &["A=2", "B=2", "C=3", &path, "HOME=/root", "HOSTNAME=f"]);
+    check(
+        &["PATH=/x", "HOME=/h", "PORT=3000"],
+        &["HOSTNAME=0.0.0.0"],
+        Contract::Http,
+        &["PATH=/x", "HOME=/h", "PORT=8080", "HOSTNAME=0.0.0.0"],
+    );
+    check(&["PORT=3000"], &["PORT=4000"], Contract::Http, &["PORT=4000", &path, "HOME=/root", "HOSTNAME=f"]);
 }
 
 #[test]
@@ -143,7 +201,7 @@ fn working_directories() {
 fn users_and_the_rest() {
     let image_config = ImageConfig { user: "app".into(), stop_signal: "SIGQUIT".parse().ok(), ..config(&["/bin/cat"], &[]) };
     let plan = plan(&image_config, &image(), &spec(Contract::Stdio, |_| {})).unwrap();
-    assert_eq!(plan.user, User { uid: 1000, gid: 1000, groups: vec![50] });
+    assert_eq!(plan.user, User { uid: 1000, gid: 1000, groups: vec![1000, 50] });
     assert_eq!(plan.stop_signal.number(), 3);
     assert_eq!((plan.streams, plan.readiness, plan.concurrency.get()), (StandardStreams::Call, Readiness::Executed, 1));
     assert!(env_of(&plan).contains(&"HOME=/home/app".to_owned()));

@@ -19,7 +19,7 @@ pub(super) fn emit(
     next_block: u64,
     options: WriteOptions,
 ) -> Result<Superblock, WriteError> {
-    apply_whiteouts(&mut tree, options).map_err(WriteError::Layer)?;
+    let implied = mark(&mut tree, options).map_err(WriteError::Layer)?;
     let plan = Plan::new(&tree, next_block).map_err(WriteError::Layer)?;
     for (index, node) in plan.order.iter().enumerate() {
         plan.write_inode(&tree, &mut out, index, *node)?;
@@ -31,6 +31,7 @@ pub(super) fn emit(
         inodes: plan.order.len() as u64,
         blocks: plan.end_block as u32,
         metadata_block: plan.metadata_block as u32,
+        implied,
     };
     out.finish(plan.end_block * BLOCK_BYTES, &superblock.encode())?;
     Ok(superblock)
@@ -39,14 +40,19 @@ pub(super) fn emit(
 /// Turns the whiteouts of the directories into what overlayfs understands: a character device 0:0 per name, all of them
 /// one inode. A directory that replaces one of the lower layers is opaque. Within opaque directories nothing lies below,
 /// so there is nothing to delete, and a whiteout would show as a file.
-fn apply_whiteouts(tree: &mut Tree, options: WriteOptions) -> Result<(), EntryReason> {
+///
+/// Implied directories get their mark, too, unless nothing lies below; says whether there are any.
+fn mark(tree: &mut Tree, options: WriteOptions) -> Result<bool, EntryReason> {
     if tree.directory(ROOT).opaque && !options.base {
         return Err(EntryReason::OpaqueRoot);
     }
     let mut whiteout = None;
+    let mut any_implied = false;
     let mut pending = vec![(ROOT, options.base)];
     while let Some((node, nothing_below)) = pending.pop() {
         let directory = tree.directory_mut(node);
+        // Of the directory itself: one that is only opaque has a directory below.
+        let implied = std::mem::take(&mut directory.implied) && !nothing_below;
         let nothing_below = nothing_below || directory.opaque;
         let opaque = std::mem::take(&mut directory.opaque) && !options.base;
         let whiteouts = std::mem::take(&mut directory.whiteouts);
@@ -54,7 +60,11 @@ fn apply_whiteouts(tree: &mut Tree, options: WriteOptions) -> Result<(), EntryRe
         let mut deletes = false;
         for name in whiteouts {
             match tree.directory(node).children.get(&name).copied() {
-                Some(child) if is_directory(tree, child) => tree.directory_mut(child).opaque = true,
+                Some(child) if is_directory(tree, child) => {
+                    let child = tree.directory_mut(child);
+                    child.opaque = true;
+                    child.implied = false;
+                }
                 Some(_) => {}
                 None if nothing_below => {}
                 None => {
@@ -78,10 +88,14 @@ fn apply_whiteouts(tree: &mut Tree, options: WriteOptions) -> Result<(), EntryRe
         if deletes {
             marked.xattrs = xattr::with_origin(&marked.xattrs);
         }
+        if implied {
+            marked.xattrs = xattr::with_implied(&marked.xattrs);
+            any_implied = true;
+        }
         let directories = children.into_iter().filter(|child| is_directory(tree, *child));
         pending.extend(directories.map(|child| (child, nothing_below)));
     }
-    Ok(())
+    Ok(any_implied)
 }
 
 fn is_directory(tree: &Tree, node: NodeId) -> bool {

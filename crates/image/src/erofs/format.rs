@@ -15,6 +15,9 @@ pub const FEATURE_INCOMPAT: u32 = 0;
 /// The root's inode. Number 0 would mount too, but shows as inode 0, which programs take for "deleted".
 pub const ROOT_NID: u16 = 2;
 
+/// Volume name of a layer that has implied directories: what is below decides how they look. The kernel does not read it.
+const NAME_IMPLIED: [u8; 16] = *b"implied\0\0\0\0\0\0\0\0\0";
+
 /// Inode numbers count in units of this many bytes from the start of the metadata.
 pub(super) const SLOT_BYTES: u64 = 32;
 /// Size of an extended inode in bytes.
@@ -46,6 +49,8 @@ pub struct Superblock {
     pub blocks: u32,
     /// Block where the metadata begins. From there to the end, all is metadata.
     pub metadata_block: u32,
+    /// Whether some directories are there only because the archive has something in them ([`super::derive`]).
+    pub implied: bool,
 }
 
 /// Why a file is none of ours.
@@ -77,6 +82,9 @@ impl Superblock {
         sb[16..24].copy_from_slice(&self.inodes.to_le_bytes());
         sb[36..40].copy_from_slice(&self.blocks.to_le_bytes());
         sb[40..44].copy_from_slice(&self.metadata_block.to_le_bytes());
+        if self.implied {
+            sb[64..80].copy_from_slice(&NAME_IMPLIED);
+        }
         sb[80..84].copy_from_slice(&FEATURE_INCOMPAT.to_le_bytes());
         let checksum = checksum(sb);
         sb[4..8].copy_from_slice(&checksum.to_le_bytes());
@@ -90,7 +98,12 @@ impl Superblock {
         if u32_at(sb, 0) != MAGIC {
             return Err(SuperblockError::Magic);
         }
-        let superblock = Self { inodes: u64_at(sb, 16), blocks: u32_at(sb, 36), metadata_block: u32_at(sb, 40) };
+        let superblock = Self {
+            inodes: u64_at(sb, 16),
+            blocks: u32_at(sb, 36),
+            metadata_block: u32_at(sb, 40),
+            implied: sb[64..80] == NAME_IMPLIED,
+        };
         let mut blank = sb.to_vec();
         blank[4..8].fill(0);
         if checksum(&blank) != u32_at(sb, 4) {

@@ -117,6 +117,11 @@ impl Inode {
     pub fn is_whiteout(&self) -> bool {
         self.kind == InodeKind::CharacterDevice(0, 0)
     }
+
+    /// First block of the content, 0 where there is none.
+    pub(super) fn block(&self) -> u32 {
+        if self.size == 0 { 0 } else { (self.data.blocks / BLOCK_BYTES) as u32 }
+    }
 }
 
 impl Reader {
@@ -201,11 +206,6 @@ impl Reader {
         inode.data.xattrs_bytes
     }
 
-    /// The layer's file.
-    pub(super) fn file(&self) -> &File {
-        &self.file
-    }
-
     /// Reads content from `offset` on; fewer bytes than asked for only at the end.
     pub fn read_at(&self, inode: &Inode, buffer: &mut [u8], offset: u64) -> Result<usize, ReadError> {
         let length = inode.size.saturating_sub(offset).min(buffer.len() as u64);
@@ -286,6 +286,13 @@ impl Reader {
 
     /// The extended attributes: full names and values.
     pub fn xattrs(&self, inode: &Inode) -> Result<Vec<Xattr>, ReadError> {
+        let mut xattrs = self.all_xattrs(inode)?;
+        xattrs.retain(|xattr| !xattr::is_own(xattr));
+        Ok(xattrs)
+    }
+
+    /// With the marks that are ours.
+    fn all_xattrs(&self, inode: &Inode) -> Result<Vec<Xattr>, ReadError> {
         if inode.data.xattrs_bytes == 0 {
             return Ok(Vec::new());
         }
@@ -299,6 +306,17 @@ impl Reader {
     /// Whether a directory hides those of the layers below.
     pub fn is_opaque(&self, inode: &Inode) -> Result<bool, ReadError> {
         Ok(xattr::is_opaque(&self.xattrs(inode)?))
+    }
+
+    /// Whether a directory is there only because the layer's archive has something in it, so that its owner, mode and attributes are those
+    /// of the layers below.
+    pub fn is_implied(&self, inode: &Inode) -> Result<bool, ReadError> {
+        Ok(inode.kind == InodeKind::Directory && xattr::is_implied(&self.all_xattrs(inode)?))
+    }
+
+    /// The layer's file.
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 
     fn directory_block(&self, directory: &Inode, index: u64) -> Result<DirectoryBlock, ReadError> {

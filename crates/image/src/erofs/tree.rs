@@ -1,9 +1,9 @@
 //! The tree that a layer's archive describes, by the rules of the OCI image specification, "Image Layer Filesystem
 //! Changeset". Only names and metadata are held; content is written as it comes.
 //!
-//! Each layer is written without the ones below it, which has two consequences. A directory that the archive uses but
-//! does not have gets mode 0755 and owner 0:0, also where a lower layer has it with others. And a symbolic link of a
-//! lower layer is not followed: the archive's path through it makes a directory, which hides the link.
+//! Each layer is written without the ones below it. A directory that the archive uses but does not have gets mode 0755 and owner 0:0, and is
+//! marked as implied: where a lower layer has it with others, or has a symbolic link there, [`super::derive`] makes a second form of the
+//! layer that fits.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -27,7 +27,7 @@ const WHITEOUT_META: &[u8] = b".wh..wh.";
 /// Hides all that lies below its directory.
 const WHITEOUT_OPAQUE: &[u8] = b".wh..wh..opq";
 /// Mode of directories that the archive uses but does not have.
-const MODE_IMPLIED: u16 = 0o755;
+pub(super) const MODE_IMPLIED: u16 = 0o755;
 
 /// Why an entry cannot be part of a layer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -142,6 +142,8 @@ pub(super) struct Directory {
     pub(super) whiteouts: BTreeSet<Box<[u8]>>,
     /// Hides the whole directory of the lower layers.
     pub(super) opaque: bool,
+    /// Used by the archive, but not in it.
+    pub(super) implied: bool,
 }
 
 /// What the last name of an entry's path means.
@@ -251,10 +253,19 @@ impl Tree {
             && matches!(self.nodes[node as usize].kind, NodeKind::Directory(_))
         {
             self.set_attributes(node, attributes, xattrs)?;
+            self.directory_mut(node).implied = false;
             return Ok(node);
         }
         let node = self.add(Node { kind: NodeKind::Directory(Box::default()), attributes, xattrs })?;
         self.link(directory, name, node)?;
+        Ok(node)
+    }
+
+    /// Makes a directory that the archive does not have.
+    pub(super) fn imply_directory(&mut self, directory: NodeId, name: &[u8]) -> Result<NodeId, EntryReason> {
+        let attributes = Attributes { mode: MODE_IMPLIED, ..Attributes::default() };
+        let node = self.make_directory(directory, name, attributes, Box::default())?;
+        self.directory_mut(node).implied = true;
         Ok(node)
     }
 
@@ -336,8 +347,7 @@ impl Tree {
                 if name.len() > NAME_BYTES_MAX {
                     return Err(EntryReason::NameTooLong(name.len()));
                 }
-                let attributes = Attributes { mode: MODE_IMPLIED, ..Attributes::default() };
-                at = self.make_directory(at, name, attributes, Box::default())?;
+                at = self.imply_directory(at, name)?;
                 rest = next;
                 continue;
             };

@@ -173,7 +173,7 @@ pub(super) struct Appender<'a> {
 }
 
 impl<'a> Appender<'a> {
-    fn new(file: &'a File) -> Self {
+    pub(super) fn new(file: &'a File) -> Self {
         Self { file, start: 0, buffer: Vec::with_capacity(BUFFER_BYTES) }
     }
 

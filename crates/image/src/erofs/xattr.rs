@@ -31,6 +31,10 @@ const OPAQUE: &[u8] = b"overlay.opaque";
 /// The mark of a directory that may contain whiteouts. Where only one layer has the directory, overlayfs lists it as it
 /// is, whiteouts and all, unless it carries this (`ovl_path_check_origin_xattr`); an empty value names no origin.
 const ORIGIN: &[u8] = b"overlay.origin";
+/// What layers keep for themselves, below `trusted.`.
+const OWN: &[u8] = b"funtainer.";
+/// The mark of a directory that the archive uses but does not have.
+const IMPLIED: &[u8] = b"funtainer.implied";
 /// Version of the ACL form that the kernel reads (`POSIX_ACL_XATTR_VERSION`).
 const ACL_VERSION: [u8; 4] = [2, 0, 0, 0];
 /// Size of one entry of an ACL.
@@ -38,13 +42,14 @@ const ACL_ENTRY_BYTES: usize = 8;
 
 /// Encodes what is kept of `xattrs`, sorted, without the header; empty where nothing is.
 ///
-/// Left out: overlayfs's own (they would change what the layer means), name spaces that erofs cannot hold, and `user.*`
+/// Left out: overlayfs's and our own (they would change what the layer means), name spaces that erofs cannot hold, and `user.*`
 /// on anything but files and directories, where Linux has none and a copy-up would fail.
 pub(super) fn encode(xattrs: &[Xattr], user_allowed: bool) -> Result<Box<[u8]>, EntryReason> {
     let mut kept = BTreeMap::new();
     for Xattr { name, value } in xattrs {
         let Some((index, suffix)) = split(name) else { continue };
-        if matches!(index, INDEX_TRUSTED | INDEX_USER) && suffix.starts_with(OVERLAY) {
+        let is_overlay = matches!(index, INDEX_TRUSTED | INDEX_USER) && suffix.starts_with(OVERLAY);
+        if is_overlay || index == INDEX_TRUSTED && suffix.starts_with(OWN) {
             continue;
         }
         if index == INDEX_USER && !user_allowed {
@@ -84,6 +89,13 @@ pub(super) fn with_origin(body: &[u8]) -> Box<[u8]> {
     let mut body = body.to_vec();
     push(&mut body, INDEX_TRUSTED, ORIGIN, b"");
     push(&mut body, INDEX_USER, ORIGIN, b"");
+    body.into_boxed_slice()
+}
+
+/// Adds the mark of an implied directory.
+pub(super) fn with_implied(body: &[u8]) -> Box<[u8]> {
+    let mut body = body.to_vec();
+    push(&mut body, INDEX_TRUSTED, IMPLIED, b"");
     body.into_boxed_slice()
 }
 
@@ -137,6 +149,16 @@ pub(super) fn is_for_files(Xattr { name, value }: &Xattr) -> bool {
     matches!(&name[..], b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default")
 }
 
+/// Whether the attributes of a directory mark it as implied.
+pub(super) fn is_implied(xattrs: &[Xattr]) -> bool {
+    xattrs.iter().any(|Xattr { name, .. }| name.strip_prefix(b"trusted.") == Some(IMPLIED))
+}
+
+/// Whether the attribute is a mark of ours that nobody else is to see.
+pub(super) fn is_own(xattr: &Xattr) -> bool {
+    xattr.name.strip_prefix(b"trusted.").is_some_and(|suffix| suffix.starts_with(OWN))
+}
+
 fn split(name: &[u8]) -> Option<(u8, &[u8])> {
     let (prefix, index) = PREFIXES.iter().find(|(prefix, _)| name.starts_with(prefix))?;
     let suffix = &name[prefix.len()..];
@@ -177,6 +199,7 @@ mod tests {
             pair("system.posix_acl_access", acl.clone()),
             pair("trusted.overlay.opaque", *b"y"),
             pair("user.overlay.whiteout", *b"y"),
+            pair("trusted.funtainer.implied", *b""),
             pair("system.nfs4_acl", *b"x"),
             pair("com.apple.quarantine", *b"x"),
             pair("user.", *b"no name"),
@@ -193,6 +216,8 @@ mod tests {
         assert_eq!(area_bytes(&body), area_bytes_of(icount(&body)));
         assert!(is_opaque(&decode(&with_opaque(&body)).unwrap()));
         assert!(!is_opaque(&expect));
+        assert!(is_implied(&decode(&with_implied(&body)).unwrap()));
+        assert!(!is_implied(&expect));
     }
 
     #[test]

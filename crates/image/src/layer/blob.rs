@@ -4,9 +4,10 @@ use std::io::{self, BufRead, Read};
 
 use flate2::bufread::MultiGzDecoder;
 use funtainer_model::Digest;
+use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 use sha2::{Digest as _, Sha256};
 
-use super::{Compression, LayerBlob, LayerError};
+use super::{Compression, LayerBlob, LayerError, ZSTD_WINDOW_BYTES_MAX};
 
 /// Bytes that are read from the source at once.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -15,6 +16,17 @@ const BUFFER_BYTES: usize = 64 << 10;
 pub(super) enum Stream<R> {
     Plain(Box<Blob<R>>),
     Gzip(Box<MultiGzDecoder<Blob<R>>>),
+    Zstd(Box<Zstd<R>>),
+}
+
+/// The frames of a zstd stream one after the other.
+pub(super) struct Zstd<R> {
+    blob: Blob<R>,
+    decoder: FrameDecoder,
+    /// Whether the decoder is within a frame.
+    in_frame: bool,
+    /// Whether there was a frame at all.
+    any: bool,
 }
 
 /// The compressed stream.
@@ -38,6 +50,7 @@ impl<R: Read> Stream<R> {
         match meta.compression {
             Compression::None => Self::Plain(Box::new(blob)),
             Compression::Gzip => Self::Gzip(Box::new(MultiGzDecoder::new(blob))),
+            Compression::Zstd => Self::Zstd(Box::new(Zstd::new(blob))),
         }
     }
 
@@ -48,6 +61,7 @@ impl<R: Read> Stream<R> {
             let read = match self {
                 Self::Plain(blob) => blob.read(&mut buffer[length..]),
                 Self::Gzip(gzip) => gzip.read(&mut buffer[length..]),
+                Self::Zstd(zstd) => zstd.read(&mut buffer[length..]),
             };
             match read {
                 Ok(0) => break,
@@ -55,8 +69,8 @@ impl<R: Read> Stream<R> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(source) => {
                     let blob = self.blob_mut();
-                    let digest = blob.meta.digest;
-                    return Err(blob.error.take().unwrap_or(LayerError::Inflate { digest, source }));
+                    let LayerBlob { digest, compression, .. } = blob.meta;
+                    return Err(blob.error.take().unwrap_or(LayerError::Inflate { digest, compression, source }));
                 }
             }
         }
@@ -67,6 +81,7 @@ impl<R: Read> Stream<R> {
         match self {
             Self::Plain(blob) => blob,
             Self::Gzip(gzip) => gzip.get_ref(),
+            Self::Zstd(zstd) => &zstd.blob,
         }
     }
 
@@ -74,6 +89,7 @@ impl<R: Read> Stream<R> {
         match self {
             Self::Plain(blob) => *blob,
             Self::Gzip(gzip) => gzip.into_inner(),
+            Self::Zstd(zstd) => zstd.blob,
         }
     }
 
@@ -81,7 +97,54 @@ impl<R: Read> Stream<R> {
         match self {
             Self::Plain(blob) => blob,
             Self::Gzip(gzip) => gzip.get_mut(),
+            Self::Zstd(zstd) => &mut zstd.blob,
         }
+    }
+}
+
+impl<R: Read> Zstd<R> {
+    fn new(blob: Blob<R>) -> Self {
+        let mut decoder = FrameDecoder::new();
+        decoder.set_max_window_size(ZSTD_WINDOW_BYTES_MAX);
+        Self { blob, decoder, in_frame: false, any: false }
+    }
+
+    fn read(&mut self, target: &mut [u8]) -> io::Result<usize> {
+        loop {
+            if !self.in_frame {
+                if self.blob.fill_buf()?.is_empty() {
+                    return if self.any { Ok(0) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
+                }
+                self.next_frame()?;
+                continue;
+            }
+            if self.decoder.can_collect() > 0 {
+                return self.decoder.read(target);
+            }
+            if self.decoder.is_finished() {
+                self.in_frame = false;
+                continue;
+            }
+            let one = BlockDecodingStrategy::UptoBlocks(1);
+            self.decoder.decode_blocks(&mut self.blob, one).map_err(io::Error::other)?;
+        }
+    }
+
+    /// Begins a frame, or passes over one that only tools look at.
+    fn next_frame(&mut self) -> io::Result<()> {
+        use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
+        self.any = true;
+        match self.decoder.reset(&mut self.blob) {
+            Ok(()) => self.in_frame = true,
+            Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame { length, .. })) => {
+                let skipped = io::copy(&mut (&mut self.blob).take(length.into()), &mut io::sink())?;
+                if skipped < length.into() {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+            }
+            Err(error) => return Err(io::Error::other(error)),
+        }
+        Ok(())
     }
 }
 

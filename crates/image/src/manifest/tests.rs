@@ -120,7 +120,7 @@ fn hostile_documents_are_refused() {
     check(with(manifest(), "/layers/0/size", json!(LAYER_BYTES_MAX + 1)), ImageInvalid);
     check(with(manifest(), "/layers/0/size", json!(u64::MAX)), ImageInvalid);
     for unsupported in [
-        "application/vnd.oci.image.layer.v1.tar+zstd",
+        "application/vnd.oci.image.layer.v1.tar+xz",
         "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip",
         "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
         "application/octet-stream",
@@ -129,6 +129,20 @@ fn hostile_documents_are_refused() {
     }
     check(with(index(&[("linux", "amd64")]), "/manifests/0/size", json!(MANIFEST_BYTES_MAX + 1)), ImageInvalid);
     check(with(index(&[]), "/manifests", json!(vec![descriptor(OCI_MANIFEST, 1); INDEX_ENTRIES_MAX + 1])), ImageInvalid);
+}
+
+#[test]
+fn layers_say_how_they_are_packed() {
+    for (media_type, expect) in [
+        ("application/vnd.oci.image.layer.v1.tar", Compression::None),
+        ("application/vnd.docker.image.rootfs.diff.tar.gzip", Compression::Gzip),
+        ("application/vnd.oci.image.layer.v1.tar+zstd", Compression::Zstd),
+        ("application/vnd.docker.image.rootfs.diff.tar.zstd", Compression::Zstd),
+    ] {
+        let document = with(manifest(), "/layers/0/mediaType", json!(media_type));
+        let Ok(Document::Manifest(manifest)) = Document::parse(document.to_string().as_bytes(), None) else { panic!() };
+        assert_eq!(manifest.layers[0].compression, expect, "{media_type}");
+    }
 }
 
 #[test]

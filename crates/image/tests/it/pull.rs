@@ -112,3 +112,61 @@ async fn pulls_at_once_fetch_each_layer_once() {
     assert_eq!(store.linker.committed.lock().unwrap().len(), layers.len());
     assert_eq!(store.files("tmp"), [""; 0]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_in_zstd_are_read() {
+    let (registry, store) = (Registry::start(), Store::new());
+    let layers = [layer("a", 3_000_000), layer("b", 1000)];
+    registry.push(&Layout::of(&layers), "zstd:1", &["--format", "oci", "--dest-compress-format", "zstd"]);
+    let image = store.pull(&registry.reference("zstd:1")).await.unwrap();
+    assert_eq!(image.layers.iter().map(|layer| layer.diff_id).collect::<Vec<_>>(), layers.map(|tar| sha256(&tar)));
+    // Otherwise the registry was given something else.
+    let manifest = store
+        .files("blobs/sha256")
+        .into_iter()
+        .map(|name| std::fs::read_to_string(store.dir.path().join("blobs/sha256").join(name)).unwrap());
+    assert!(manifest.into_iter().any(|text| text.contains("tar+zstd")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layers_get_the_form_that_those_below_ask_for() {
+    let (registry, store) = (Registry::start(), Store::new());
+    let lower = {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(tar::EntryType::Directory);
+        header.set_mode(0o1777);
+        header.set_size(0);
+        builder.append_data(&mut header, "tmp", &[][..]).unwrap();
+        builder.into_inner().unwrap()
+    };
+    let upper = layer("tmp/x", 1000);
+    registry.push(&Layout::of(&[lower.clone(), upper.clone()]), "over:1", &[]);
+    // The same layer where nothing is below it, and where that is as it should be.
+    registry.push(&Layout::of(std::slice::from_ref(&upper)), "alone:1", &[]);
+    registry.push(&Layout::of(&[layer("tmp/y", 10), upper.clone()]), "fits:1", &[]);
+
+    let over = store.pull(&registry.reference("over:1")).await.unwrap();
+    let mode = |image| store.images.rootfs(image).unwrap().stat("tmp").unwrap().mode;
+    assert_eq!((over.layers.len(), mode(&over)), (2, 0o1777));
+    assert_ne!(over.layers[1].diff_id, sha256(&upper), "another form");
+    assert_eq!(store.images.rootfs(&over).unwrap().stat("tmp/x").unwrap().size, 1000);
+    assert_eq!(store.pull(&registry.reference("over:1")).await.unwrap(), over);
+    assert_eq!(store.images.get(&over.reference, over.digest).await.unwrap().unwrap(), over);
+    assert_eq!(store.linker.committed.lock().unwrap().len(), 3);
+
+    let fits = store.pull(&registry.reference("fits:1")).await.unwrap();
+    assert_eq!((fits.layers[1].diff_id, mode(&fits)), (sha256(&upper), 0o755));
+    let alone = store.pull(&registry.reference("alone:1")).await.unwrap();
+    assert_eq!((alone.layers[0].base, mode(&alone)), (true, 0o755));
+    assert_eq!(store.linker.committed.lock().unwrap().len(), 5);
+    assert_eq!(store.files("tmp"), [""; 0]);
+
+    // A store that was opened anew knows them, too; an import gets the same.
+    let archive = Layout::of(&[lower, upper]).archive();
+    let other = Store::new();
+    let pieces = futures_util::stream::iter([Ok(bytes::Bytes::from(archive))]);
+    let name = "over:1".parse().unwrap();
+    let imported = other.images.import(pieces, Some(&name), &|_| ()).await.unwrap();
+    assert_eq!(imported[0].layers, over.layers);
+}

@@ -7,8 +7,9 @@ use std::process::Command;
 
 use flate2::Compression as Level;
 use flate2::write::GzEncoder;
-use funtainer_image::erofs::{Reader, WriteError, WriteOptions, WriteSummary, write};
+use funtainer_image::erofs::{Reader, WriteError, WriteOptions, WriteSummary, derive, write};
 use funtainer_image::layer::{self, Compression, LayerBlob};
+use funtainer_image::rootfs::Rootfs;
 use funtainer_image::tar;
 use funtainer_model::{Digest, LayerId};
 use sha2::{Digest as _, Sha256};
@@ -166,6 +167,17 @@ impl Layer {
         let layer = Self { file };
         layer.fsck();
         layer
+    }
+
+    /// The form of this layer that fits over `below`, if it is another.
+    pub(crate) fn derived(&self, below: &[Self]) -> Option<Self> {
+        let layer = Self { file: NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap() };
+        let below = Rootfs::new(below.iter().map(Self::open).collect()).unwrap();
+        if !derive(&self.reader(), &below, layer.file.as_file()).unwrap() {
+            return None;
+        }
+        layer.fsck();
+        Some(layer)
     }
 
     pub(crate) fn reader(&self) -> Reader {

@@ -216,7 +216,7 @@ fn content_that_files_share_is_refused() {
     need_root();
     let mut archive = Archive::new();
     for index in 0..40 {
-        archive = archive.file(&format!("{index:02}"), &[b'x'; 40_000]);
+        archive = archive.file(&format!("{index:02}"), &vec![b'x'; 40_000]);
     }
     let mut bytes = image(&archive.end());
     // Each file's first block becomes that of the first file, and its size grows to nearly the layer's.

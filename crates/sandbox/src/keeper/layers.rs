@@ -41,6 +41,11 @@ impl Lent {
         Self { mapped, mounted: Vec::new() }
     }
 
+    /// Puts a layer that is the zygote's alone on top of the image's.
+    pub(super) fn cover(&mut self, layer: Mounted) {
+        self.mapped.insert(0, layer);
+    }
+
     /// Uppermost first.
     pub(super) fn mapped(&self) -> &[Mounted] {
         &self.mapped

@@ -20,7 +20,7 @@ use super::layers::{Lent, refusal};
 use super::link::{Fault, Link};
 use super::mode::Slots;
 use super::unpacked::{Parked, Presence};
-use super::{Keeper, Requester, TOKEN_ZYGOTES, TURN_MESSAGES};
+use super::{Keeper, Requester, TOKEN_ZYGOTES, TURN_MESSAGES, platform};
 use crate::cgroup::Nest;
 use crate::fds;
 use crate::orders::{DATAGRAM_BYTES, Order, Report};
@@ -287,10 +287,12 @@ impl Keeper {
         let path = format!("/proc/{}/ns/user", forked.pid);
         let ids = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| refusal(StepError { step: "open a user namespace", errno }))?;
-        let layers = match &self.unpacked {
+        let mut layers = match &self.unpacked {
             None => self.layers.lend(&self.mounts, self.data.layers.as_fd(), &spec.layers, ids.as_fd())?,
             Some(unpacked) => unpacked.lend(&self.mounts, slot, &spec.layers)?,
         };
+        let owner = self.mode.range(slot).base;
+        layers.cover(self.mounts.platform(layers.mapped(), owner, &platform::files(spec)).map_err(refusal)?);
         let failed = |errno| refusal(StepError { step: "watch a zygote", errno });
         let token = TOKEN_ZYGOTES + 2 * key;
         epoll::add(&self.epoll, &forked.pidfd, EventData::new_u64(token + 1), EventFlags::IN).map_err(failed)?;

@@ -82,6 +82,15 @@ pub fn attach(mount: BorrowedFd<'_>, target: BorrowedFd<'_>) -> Result<(), StepE
         .map_err(at("attach a mount"))
 }
 
+/// The part of a mount that is in sight at an opened directory, as a mount of its own: for [`attach`]. It stays writable where the mount itself
+/// becomes read-only.
+///
+/// One system call: may be called between clone and exec.
+pub fn part(directory: BorrowedFd<'_>) -> Result<OwnedFd, StepError> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    open_tree(directory, c"", flags).map_err(at("clone a part of a mount"))
+}
+
 /// Moves a mount of this mount namespace, with all that is mounted on it, to an opened directory.
 ///
 /// One system call: may be called between clone and exec.

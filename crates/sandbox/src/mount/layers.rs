@@ -11,6 +11,7 @@ use rustix::mount::{
 };
 use rustix::process::{Gid, Uid};
 
+use super::platform::{self, EtcFile};
 use super::workshop::{Place, Workshop};
 use super::{Attributes, Features, LayerSource, OverlayForm, Tmpfs, create, loops, open, read_only, set_attributes, tmpfs};
 use crate::step::{StepError, at};
@@ -105,6 +106,14 @@ impl Mounts {
         };
         set_attributes(clone.as_fd(), c"", libc::AT_EMPTY_PATH, &attributes).map_err(at("map the ids of a layer"))?;
         self.settle(clone)
+    }
+
+    /// Makes the platform's own layer, to lie on `layers` (the uppermost first) for the ids from `owner` on.
+    pub fn platform(&self, layers: &[Mounted], owner: u32, files: &[EtcFile]) -> Result<Mounted, StepError> {
+        let attributes = MountAttrFlags::MOUNT_ATTR_NODEV;
+        let mount = tmpfs(&Tmpfs { size_bytes: platform::BYTES, uid: owner, gid: owner, mode: 0o755, attributes })?;
+        platform::fill(mount.as_fd(), layers, owner, files)?;
+        self.settle(mount)
     }
 
     /// Makes the writable part of a root file system, with room for `size_bytes`. It belongs to the host id `owner`, which is root inside.

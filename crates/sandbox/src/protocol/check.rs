@@ -106,7 +106,7 @@ impl SocketCounts {
 
 impl InitStep {
     /// All of them, in order.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Cgroup,
         Self::Mounts,
         Self::Files,
@@ -117,6 +117,7 @@ impl InitStep {
         Self::Exec,
         Self::Terminal,
         Self::Enter,
+        Self::Volumes,
     ];
 
     /// The step with this number.

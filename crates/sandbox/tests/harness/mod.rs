@@ -508,7 +508,7 @@ pub fn busybox_image() -> &'static Path {
         fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
         for applet in [
             "sh", "cat", "sleep", "id", "echo", "ls", "mkdir", "mount", "ps", "true", "false", "kill", "nc", "wc", "dd", "env",
-            "pwd", "readlink", "stty", "tty",
+            "pwd", "readlink", "stat", "stty", "touch", "tty",
         ] {
             std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
@@ -522,7 +522,14 @@ pub fn busybox_image() -> &'static Path {
         script("connections", "#!/bin/sh\ncat /proc/net/tcp\n");
         script("garbage", "\u{1}\u{2}\u{3}");
         std::os::unix::fs::symlink("/proc/self/fd", root.join("etc/fds")).unwrap();
-        let made = Command::new("mkfs.erofs").args(["-T0", "--all-root"]).arg(root.join("../new")).arg(root).output();
+        std::os::unix::fs::symlink("../home/resolver", root.join("etc/resolv.conf")).unwrap();
+        fs::create_dir(root.join("data")).unwrap();
+        fs::write(root.join("data/seed"), "from the image").unwrap();
+        std::os::unix::fs::chown(root.join("data"), Some(1000), Some(100)).unwrap();
+        for (name, target) in [("to-root", "/"), ("to-proc", "/proc"), ("to-nothing", "nowhere/at/all"), ("to-data", "data")] {
+            std::os::unix::fs::symlink(target, root.join(name)).unwrap();
+        }
+        let made = Command::new("mkfs.erofs").args(["-T0"]).arg(root.join("../new")).arg(root).output();
         let made = made.expect("erofs-utils is installed");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         // In one step: another test program may be at the same.
