@@ -72,6 +72,7 @@ pub(crate) enum Command {
     Images,
     #[command(subcommand)]
     Image(Image),
+    Reset(Reset),
     /// Show the versions of this program and of the server
     Version,
     #[command(hide = true)]
@@ -109,6 +110,23 @@ pub(crate) struct Serve {
     /// Directory of state, images and logs; made if missing [default: /var/lib/funtainer; a user's: ~/.local/share/funtainer]
     #[arg(long, value_name = "DIR")]
     pub(crate) data: Option<PathBuf>,
+}
+
+/// Remove all that a stopped server has kept: functions, images and logs
+///
+/// What an ordinary user's server has made belongs to subordinate ids, so that `rm` cannot remove it; this can.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  funtainer reset --yes
+  funtainer reset --yes --data /tmp/f")]
+pub(crate) struct Reset {
+    /// Directory of the server [default: as for serve]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
+    /// Do it: there is no way back
+    #[arg(long)]
+    pub(crate) yes: bool,
 }
 
 /// Make a function of an image, or replace it

@@ -24,6 +24,7 @@ fn main() -> ExitCode {
     let is_run = matches!(command, Command::Run(_));
     let result = match command {
         Command::Serve(serve) => serve::serve(serve),
+        Command::Reset(reset) => serve::reset(reset),
         Command::Daemon(daemon) => daemon::daemon(&daemon),
         Command::Unpack(unpack) => return unpack::unpack(&unpack),
         command => ask(&host.unwrap_or_else(places::server), output, command),

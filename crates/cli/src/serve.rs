@@ -1,4 +1,4 @@
-//! `serve`: this process becomes the keeper.
+//! `serve`: this process becomes the keeper. `reset`: what it left is removed.
 
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use funtainer_sandbox::keeper::{self, KeeperSettings};
 use funtainer_sandbox::mount::Features;
 
-use crate::args::Serve;
+use crate::args::{Reset, Serve};
 use crate::places;
 
 /// Runs the server until it is asked to stop. No thread may be there yet.
@@ -23,6 +23,14 @@ pub(crate) fn serve(serve: Serve) -> anyhow::Result<ExitCode> {
         log,
     };
     Ok(keeper::run(settings)?.exit_code().into())
+}
+
+/// Removes the data directory. No thread may be there yet.
+pub(crate) fn reset(reset: Reset) -> anyhow::Result<ExitCode> {
+    let data = reset.data.map_or_else(places::data, Ok)?;
+    anyhow::ensure!(reset.yes, "{} would be removed with all functions, images and logs: say so with --yes", data.display());
+    keeper::remove_data(&data, |_| {})?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn announce(address: SocketAddr) {

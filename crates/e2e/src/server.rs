@@ -74,7 +74,8 @@ impl Server {
         Self::spawn(&command, &places, scope)
     }
 
-    fn spawn(command: &Command, places: &Places, scope: Option<&Scope>) -> Result<Self> {
+    /// Starts a server by a command that becomes it, or waits for it, with what it says on its own standard output.
+    pub fn spawn(command: &Command, places: &Places, scope: Option<&Scope>) -> Result<Self> {
         let program = paths::funtainer()?;
         let log = File::options().create(true).append(true).open(&places.log)?;
         let mut child = in_scope(command, scope)
@@ -267,9 +268,15 @@ impl Server {
 
     /// Ends the keeper with a signal; the standard output must have had its one line only.
     pub fn end(&mut self, signal: Signal) -> Result<ExitStatus> {
-        kill_process(Pid::from_child(&self.child), signal).context("cannot signal funtainer serve")?;
+        let pid = Pid::from_child(&self.child);
+        self.end_by(|| kill_process(pid, signal).with_context(|| format!("cannot send {signal:?} to funtainer serve")))
+    }
+
+    /// The same in another way.
+    pub fn end_by(&mut self, end: impl FnOnce() -> Result<()>) -> Result<ExitStatus> {
+        end()?;
         let Some(status) = wait::exited(&mut self.child, STOP_LIMIT)? else {
-            bail!("funtainer serve still runs {STOP_LIMIT:?} after {signal:?}:\n{}", tail(&self.places.log));
+            bail!("funtainer serve still runs {STOP_LIMIT:?} after it was to end:\n{}", tail(&self.places.log));
         };
         if let Ok(line) = self.stdout.try_recv() {
             bail!("funtainer serve printed more than one line: {line}");
@@ -302,12 +309,12 @@ impl Drop for Server {
 
 /// The same command, whose process and all of whose children belong to the scope.
 fn in_scope(command: &Command, scope: Option<&Scope>) -> Command {
-    let mut fenced = match scope {
+    let mut fenced = match scope.and_then(Scope::entrance) {
         None => Command::new(command.get_program()),
-        Some(scope) => {
+        Some(entrance) => {
             // The shell enters the scope and becomes the program, which has its process id then.
             let mut fenced = Command::new("sh");
-            fenced.args(["-c", r#"echo $$ > "$0" && exec "$@""#]).arg(scope.procs()).arg(command.get_program());
+            fenced.args(["-c", r#"echo $$ > "$0" && exec "$@""#]).arg(entrance).arg(command.get_program());
             fenced
         }
     };

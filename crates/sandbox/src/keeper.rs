@@ -31,7 +31,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
@@ -263,6 +263,18 @@ pub fn run(settings: KeeperSettings) -> Result<Ended, KeeperError> {
     // Both errors are kept: that of the work is returned, that of the clean-up is logged where it happens.
     keeper.close();
     ended
+}
+
+/// Removes a data directory, which no server may use, with all that is in it. Must be called before any thread is started; an ordinary user's
+/// process is in a user namespace afterwards, since there alone can he remove what belongs to his subordinate ids.
+pub fn remove_data(path: &Path, log: fn(&str)) -> Result<(), KeeperError> {
+    if std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count) != 1 {
+        return Err(KeeperError::Threads);
+    }
+    if !rustix::process::geteuid().is_root() {
+        crate::rootless::enter(log).map_err(KeeperError::Missing)?;
+    }
+    data::remove(path)
 }
 
 impl Keeper {

@@ -27,6 +27,8 @@ use crate::step::{StepError, at};
 const DAEMON_ID: u32 = 0x6FFF_FF00;
 /// Name of the daemon's user, and of the group that may use the admin socket.
 pub(super) const NAME: &str = "funtainer";
+/// The directories in a data directory.
+const DIRECTORIES: [&str; 4] = ["unpacked", "store", "state", "logs"];
 /// Bytes of randomness in the id of a data directory.
 const ID_BYTES: usize = 8;
 
@@ -122,6 +124,39 @@ impl DataDirectory {
             _ => {}
         }
         Ok(tree)
+    }
+}
+
+/// Removes all that a server keeps in a data directory, and the directory unless there is something else in it. Where nothing is, nothing is done.
+pub(super) fn remove(path: &Path) -> Result<(), KeeperError> {
+    let fail = |source| KeeperError::Data { path: path.to_owned(), source };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let root = match rustix::fs::open(path, flags, FileMode::empty()) {
+        Ok(root) => root,
+        Err(Errno::NOENT) => return Ok(()),
+        Err(errno) => return Err(fail(errno.into())),
+    };
+    require_roots(&root, path)?;
+    if !path.join("id").exists() {
+        return Err(fail(io::Error::new(io::ErrorKind::InvalidInput, "it is no data directory: it has no file 'id'")));
+    }
+    let _lock = lock(path)?;
+    for name in DIRECTORIES {
+        match fs::remove_dir_all(path.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
+            _ => {}
+        }
+    }
+    // The id last: without it nobody would know what the rest belongs to.
+    for name in ["id.new", "lock", "id"] {
+        match fs::remove_file(path.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
+            _ => {}
+        }
+    }
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => Err(fail(error)),
+        _ => Ok(()),
     }
 }
 
