@@ -10,6 +10,7 @@ mod places;
 mod progress;
 mod serve;
 mod streams;
+mod terminal;
 mod unpack;
 
 use std::process::ExitCode;
@@ -21,12 +22,13 @@ use failure::OutputClosed;
 
 fn main() -> ExitCode {
     let Cli { host, output, command } = Cli::parse();
-    let is_run = matches!(command, Command::Run(_));
+    let is_run = matches!(command, Command::Run(_) | Command::Exec(_));
     let result = match command {
         Command::Serve(serve) => serve::serve(serve),
         Command::Reset(reset) => serve::reset(reset),
         Command::Daemon(daemon) => daemon::daemon(&daemon),
         Command::Unpack(unpack) => return unpack::unpack(&unpack),
+        Command::Doctor(doctor) => commands::doctor(output, &doctor),
         command => ask(&host.unwrap_or_else(places::server), output, command),
     };
     match result {

@@ -1,6 +1,7 @@
 //! The server under test: `funtainer serve` with a data directory, an admin socket and a port of its own.
 
 use std::cell::RefCell;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -41,6 +42,15 @@ pub struct Places {
     pub log: PathBuf,
 }
 
+/// What a server is started with besides.
+#[derive(Debug, Clone, Default)]
+pub struct Extra {
+    /// More flags of `serve`.
+    pub flags: Vec<String>,
+    /// Commands and their arguments that the server is run by, such as `setpriv`.
+    pub wrapper: Vec<String>,
+}
+
 /// A server that runs.
 pub struct Server {
     child: Child,
@@ -57,8 +67,16 @@ pub type Troubles = Rc<RefCell<Vec<String>>>;
 impl Server {
     /// Starts a server; all its processes belong to `scope`. Returns when it says that it listens.
     pub fn start(places: &Places, listen: &str, scope: Option<&Scope>) -> Result<Self> {
-        let mut command = Command::new(paths::funtainer()?);
-        command.args(["serve", "--listen", listen, "--admin"]).arg(&places.admin).arg("--data").arg(&places.data);
+        Self::start_with(places, listen, scope, &Extra::default())
+    }
+
+    /// The same with more flags, or by another command.
+    pub fn start_with(places: &Places, listen: &str, scope: Option<&Scope>, extra: &Extra) -> Result<Self> {
+        let program = paths::funtainer()?;
+        let mut words = extra.wrapper.iter().map(OsString::from).chain([program.into_os_string()]);
+        let mut command = Command::new(words.next().context("a command has a first word")?);
+        command.args(words).args(["serve", "--listen", listen, "--admin"]).arg(&places.admin);
+        command.arg("--data").arg(&places.data).args(&extra.flags);
         Self::spawn(&command, places, scope)
     }
 

@@ -8,8 +8,9 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use tempfile::TempDir;
 
 use crate::leak::{Scope, Snapshot, Subject};
+use crate::network::Own;
 use crate::paths;
-use crate::server::{Places, Server, Troubles, tail};
+use crate::server::{Extra, Places, Server, Troubles, tail};
 use crate::user::User;
 
 /// Scenarios that run at once: each has a server and some containers, and most of its time it waits.
@@ -32,14 +33,22 @@ struct Served {
     troubles: Troubles,
 }
 
-/// Runs a test in a world of its own; afterwards nothing may be left of it. Servers are local variables of the test: they are stopped at its end
+/// Runs a test in a world of its own, with a network namespace of its own; afterwards nothing may be left of it. Servers are local variables of the test: they are stopped at its end
 /// by SIGTERM, as an operator would, or were stopped or killed by the test itself.
 pub fn scenario(test: impl FnOnce(&World) -> Result<()>) -> Result<()> {
+    scenario_in(|| Ok(()), |world, ()| test(world))
+}
+
+/// As [`scenario`], with something that belongs to the machine: `prepare` makes it, in the network namespace of the test, and none of it is a leak.
+pub fn scenario_in<T>(prepare: impl FnOnce() -> Result<T>, test: impl FnOnce(&World, &T) -> Result<()>) -> Result<()> {
     ensure!(rustix::process::geteuid().is_root(), "this test starts containers: run it as root, as `cargo xtask test` does");
     let _turn = Turn::take();
+    // Servers change the network that they are in.
+    let _network = Own::enter()?;
+    let machine = prepare()?;
     let world =
         World { home: paths::scratch("e2e")?, scope: Scope::create()?, before: Snapshot::take()?, servers: RefCell::default() };
-    let outcome = test(&world);
+    let outcome = test(&world, &machine);
     let outcome = match outcome {
         Ok(()) => world.check(),
         Err(error) => Err(error),
@@ -68,24 +77,37 @@ impl World {
 
     /// Starts a server with a new data directory on a free port.
     pub fn serve(&self) -> Result<Server> {
+        self.serve_at(&self.places(), "127.0.0.1:0")
+    }
+
+    /// The same with more flags, or by another command.
+    pub fn serve_with(&self, extra: &Extra) -> Result<Server> {
+        self.start(&self.places(), "127.0.0.1:0", extra)
+    }
+
+    /// Where the next server can keep its things.
+    pub fn places(&self) -> Places {
         let number = self.servers.borrow().len();
         let home = self.home.path();
-        let places = Places {
+        Places {
             data: home.join(format!("data{number}")),
             admin: home.join(format!("admin{number}.sock")),
             log: home.join("serve.log"),
-        };
-        self.serve_at(&places, "127.0.0.1:0")
+        }
     }
 
     /// Starts a server at places that may have been used before.
     pub fn serve_at(&self, places: &Places, listen: &str) -> Result<Server> {
-        Ok(self.watched(Server::start(places, listen, Some(&self.scope))?))
+        self.start(places, listen, &Extra::default())
     }
 
     /// Starts the server of an ordinary user on a free port.
     pub fn serve_as(&self, user: &User) -> Result<Server> {
         Ok(self.watched(Server::start_as(user, "127.0.0.1:0", Some(&self.scope))?))
+    }
+
+    fn start(&self, places: &Places, listen: &str, extra: &Extra) -> Result<Server> {
+        Ok(self.watched(Server::start_with(places, listen, Some(&self.scope), extra)?))
     }
 
     fn watched(&self, server: Server) -> Server {
@@ -107,6 +129,7 @@ impl World {
             data: data.into_iter().collect(),
             admin: admin.into_iter().collect(),
             ports: servers.iter().map(|served| served.port).collect(),
+            own_network: true,
             killed: false,
         }
     }

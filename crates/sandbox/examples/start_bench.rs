@@ -5,6 +5,7 @@
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -84,6 +85,9 @@ impl Bench {
         let mut line = String::new();
         BufReader::new(bench.keeper.stdout.take().expect("piped")).read_line(&mut line).expect("its line");
         let layer = LayerId { diff_id: Digest::from_sha256([1; 32]), base: true };
+        // The keeper takes layers of its daemon only, to whom the store belongs.
+        let daemon = std::fs::metadata(directory.join("data/store")).expect("look at the store");
+        std::os::unix::fs::chown(image, Some(daemon.uid()), Some(daemon.gid())).expect("give the image to the daemon");
         let file = std::fs::File::open(image).expect("open the image");
         let number = bench.send(&Request::CommitLayer { layer }, &[file.as_fd()]);
         assert_eq!(bench.answer(number), Reply::Done);

@@ -20,6 +20,7 @@ mod layers;
 mod link;
 mod listen;
 mod mode;
+mod networks;
 mod platform;
 mod requests;
 mod resident;
@@ -58,6 +59,8 @@ use layers::Layers;
 use link::{Fault, Link};
 use listen::{Admin, Tcp};
 use mode::Mode;
+pub use networks::NetworkSettings;
+use networks::{Networks, Pool};
 use unpacked::Unpacked;
 use zygotes::Zygotes;
 
@@ -81,6 +84,8 @@ const EVENTS: usize = 64;
 const TOKEN_SIGNALS: u64 = 0;
 const TOKEN_DAEMON: u64 = 1;
 const TOKEN_DAEMON_END: u64 = 2;
+const TOKEN_NET: u64 = 3;
+const TOKEN_NET_END: u64 = 4;
 /// Zygote K has this plus 2 K for its socket, plus 1 for its end.
 const TOKEN_ZYGOTES: u64 = 16;
 /// Unpacker K has this plus K: far above what zygotes come to.
@@ -89,8 +94,8 @@ const TOKEN_UNPACKERS: u64 = 1 << 48;
 /// How `funtainer serve` is set up.
 #[derive(Debug, Clone)]
 pub struct KeeperSettings {
-    /// Where calls come in; port 0 lets the kernel choose.
-    pub listen: SocketAddr,
+    /// Where calls come in, port 0 lets the kernel choose; `None` for calls through the admin socket alone.
+    pub listen: Option<SocketAddr>,
     /// Path of the admin socket.
     pub admin: PathBuf,
     /// Data directory.
@@ -99,10 +104,12 @@ pub struct KeeperSettings {
     pub daemon: Vec<OsString>,
     /// Command line of an unpacker, likewise: `funtainer unpack`. What it is to do is put behind it; see `unpacker`.
     pub unpack: Vec<OsString>,
+    /// Whether and how instances reach what is outside of this machine.
+    pub network: NetworkSettings,
     /// The newest ways to mount that are tried: [`Features::NEWEST`]; a test can ask for those of an older kernel.
     pub mounts: Features,
-    /// Told once, when the first daemon accepts calls.
-    pub announce: fn(SocketAddr),
+    /// Told once, when the first daemon accepts calls, with the address that was bound.
+    pub announce: fn(Option<SocketAddr>),
     /// Told what an operator should know, as one line without its end.
     pub log: fn(&str),
 }
@@ -177,6 +184,9 @@ pub enum KeeperError {
         /// Where.
         path: PathBuf,
     },
+    /// The range of addresses for instances is not free.
+    #[error("{0}")]
+    Range(String),
     /// Control groups cannot be used.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -227,7 +237,7 @@ struct Keeper {
     signals: OwnedFd,
     data: DataDirectory,
     cgroups: Hierarchy,
-    address: SocketAddr,
+    address: Option<SocketAddr>,
     tcp: Vec<OwnedFd>,
     admin: Admin,
     daemon: Option<Daemon>,
@@ -235,6 +245,8 @@ struct Keeper {
     generation: u64,
     respawn: Respawn,
     announced: bool,
+    /// A daemon accepts calls, and that is not announced yet.
+    announceable: bool,
     /// Since when the keeper is asked to stop.
     stopping: Option<Instant>,
     mounts: Mounts,
@@ -243,6 +255,7 @@ struct Keeper {
     unpacked: Option<Unpacked>,
     zygotes: Zygotes,
     instances: Instances,
+    networks: Networks,
     execs: Execs,
     /// Mounts whose release costs a grace period of the kernel: released when nothing waits.
     spent: Vec<mount::Writable>,
@@ -316,17 +329,19 @@ impl Keeper {
             )),
             Err(error) => (settings.log)(&format!("loop devices of an earlier server cannot be looked for: {error}")),
         }
-        let (Tcp { address, sockets: tcp }, admin) =
-            match listen::tcp(settings.listen).and_then(|tcp| Ok((tcp, listen::admin(&settings.admin, &mode)?))) {
-                Ok(listening) => listening,
-                Err(error) => {
-                    // Both errors are told: the first is the one to act on.
-                    if let Err(left) = cgroups.close() {
-                        (settings.log)(&format!("a control group remains: {left}"));
-                    }
-                    return Err(error);
+        let tcp = settings.listen.map(listen::tcp).transpose();
+        let (tcp, admin) = match tcp.and_then(|tcp| Ok((tcp, listen::admin(&settings.admin, &mode)?))) {
+            Ok(listening) => listening,
+            Err(error) => {
+                // Both errors are told: the first is the one to act on.
+                if let Err(left) = cgroups.close() {
+                    (settings.log)(&format!("a control group remains: {left}"));
                 }
-            };
+                return Err(error);
+            }
+        };
+        let (address, tcp) = tcp.map_or((None, Vec::new()), |Tcp { address, sockets }| (Some(address), sockets));
+        let networks = Networks::new(settings.network.clone());
         Ok(Self {
             settings,
             executable,
@@ -343,12 +358,14 @@ impl Keeper {
             generation: 0,
             respawn: Respawn { deaths: 0, at: Some(Instant::now()) },
             announced: false,
+            announceable: false,
             stopping: None,
             mounts,
             layers: Layers::default(),
             unpacked,
             zygotes: Zygotes::default(),
             instances: Instances::default(),
+            networks,
             execs: Execs::default(),
             spent: Vec::new(),
             buffer: vec![0; MESSAGE_BYTES_MAX],
@@ -362,8 +379,12 @@ impl Keeper {
     fn serve(&mut self) -> Result<Ended, KeeperError> {
         self.start_unpackers();
         let mut events = Vec::with_capacity(EVENTS);
+        if self.settings.network.on {
+            self.start_net();
+        }
         loop {
             self.spent.clear();
+            self.tick_networks(Instant::now())?;
             if let Some(ended) = self.tick(Instant::now()) {
                 return Ok(ended);
             }
@@ -385,6 +406,8 @@ impl Keeper {
                         }
                     }
                     unpacker if unpacker >= TOKEN_UNPACKERS => self.on_unpacker(unpacker - TOKEN_UNPACKERS),
+                    TOKEN_NET => self.on_net(flags),
+                    TOKEN_NET_END => self.net_ended(),
                     zygote => self.on_zygote(zygote - TOKEN_ZYGOTES, flags),
                 }
             }
@@ -411,6 +434,7 @@ impl Keeper {
             _ => {}
         }
         self.tick_zygotes(now);
+        self.announce();
         self.instances.retry_removals(now);
         None
     }
@@ -424,6 +448,8 @@ impl Keeper {
             daemon.and_then(|daemon| daemon.link.deadline()),
             self.zygotes.deadline(),
             self.instances.deadline(),
+            self.networks.deadline(),
+            self.zygotes.pools().filter_map(Pool::deadline).min(),
         ]
         .into_iter()
         .flatten()
@@ -612,8 +638,12 @@ impl Keeper {
         }
     }
 
-    /// A daemon accepts calls: the start, or a daemon's replacement, is over.
+    /// A daemon accepts calls, and it is known whether there are networks: the start, or a daemon's replacement, is over.
     fn announce(&mut self) {
+        if !self.announceable || !self.networks.is_settled(Instant::now()) {
+            return;
+        }
+        self.announceable = false;
         if !std::mem::replace(&mut self.announced, true) {
             (self.settings.announce)(self.address);
         }
@@ -634,6 +664,7 @@ impl Keeper {
         if let Some(unpacked) = &mut self.unpacked {
             unpacked.close();
         }
+        self.close_net();
         if let Err(error) = self.cgroups.close() {
             (self.settings.log)(&format!("a control group remains: {error}"));
         }

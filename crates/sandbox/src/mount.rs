@@ -23,12 +23,12 @@ mod inside;
 mod layers;
 mod loops;
 mod platform;
-mod probe;
+pub(crate) mod probe;
 mod workshop;
 
 pub use inside::{
     DEVICES, MASKED, READ_ONLY, attach, bind_file, device_tree, make_private, mask_all, move_tree, part, pivot,
-    remount_read_only, remount_tree_read_only, set_read_only, target,
+    remount_read_only, remount_tree_read_only, seal, set_read_only, target, view,
 };
 pub use layers::{Mounted, Mounts, Writable};
 pub use platform::EtcFile;
@@ -128,7 +128,7 @@ pub fn mqueue() -> Result<OwnedFd, StepError> {
     create(&open(c"mqueue", "fsopen mqueue")?, INERT, "create an mqueue file system")
 }
 
-fn open(kind: &CStr, step: &'static str) -> Result<OwnedFd, StepError> {
+pub(crate) fn open(kind: &CStr, step: &'static str) -> Result<OwnedFd, StepError> {
     fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).map_err(at(step))
 }
 
@@ -136,7 +136,7 @@ fn read_only(context: &OwnedFd) -> Result<(), StepError> {
     fsconfig_set_flag(context, c"ro").map_err(at("set a file system read-only"))
 }
 
-fn create(context: &OwnedFd, attributes: MountAttrFlags, step: &'static str) -> Result<OwnedFd, StepError> {
+pub(crate) fn create(context: &OwnedFd, attributes: MountAttrFlags, step: &'static str) -> Result<OwnedFd, StepError> {
     fsconfig_create(context).and_then(|()| fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)).map_err(at(step))
 }
 

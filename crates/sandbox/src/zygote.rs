@@ -3,6 +3,8 @@
 //! ```text
 //! forked by the keeper ─ own descriptors only ─ waits for its id maps ─ root inside ─ minimal root ─ spare network ─ Ready
 //!   ┌► order: Spawn ─ clone3 into the spare network ─ Spawned + pidfd ─ new spare network
+//!   │                 or into one that was made ahead
+//!   │  order: MakeNetwork ─ new network for the keeper to connect ─ Network + handle and a socket in it
 //!   │  order: MoreSockets ─ into the instance's network, sockets, back ─ Sockets
 //!   │  order: Exec ─ a helper that makes a child inside the instance (`exec`) ─ ExecSpawned
 //!   └─ SIGCHLD ─ inits and commands reaped ─ Exited, ExecEnded
@@ -23,6 +25,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
+use crate::cgroup::{self, GROUPS_MAX, ViewName};
 use crate::clone::{Cloned, clone3_into};
 use crate::fds::{self, Fds};
 use crate::init::{self, FULL, NO_STATUS, Prepared, RUNNING, Start};
@@ -63,6 +66,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) processes: Option<u32>,
     /// The control group that it is born in, where it has one.
     pub(crate) group: Option<BorrowedFd<'a>>,
+    /// Where instances see their control groups; a mount for each comes with a start.
+    pub(crate) views: Vec<ViewName>,
 }
 
 /// A zygote as its parent sees it.
@@ -101,11 +106,11 @@ fn live(plan: &Plan<'_>) {
     // SAFETY: the line above put the socket there, nothing else owns the number, and the process lives no longer than this function.
     let socket = unsafe { BorrowedFd::borrow_raw(SOCKET) };
     let mut buffer = [0_u8; DATAGRAM_BYTES];
-    match fds::receive(socket, &mut buffer, RecvFlags::empty()) {
-        Ok(Some(received)) if Order::decode(&buffer[..received.bytes]) == Some(Order::SetUp) => {}
+    let seat = match fds::receive(socket, &mut buffer, RecvFlags::empty()) {
+        Ok(Some(mut received)) if Order::decode(&buffer[..received.bytes]) == Some(Order::SetUp) => received.fds.take(0),
         _ => return,
-    }
-    let mut zygote = match Zygote::set_up(plan, socket) {
+    };
+    let mut zygote = match Zygote::set_up(plan, socket, seat) {
         Ok(zygote) => zygote,
         Err(StepError { step, errno }) => {
             // Without a reader nobody wants to know.
@@ -175,6 +180,8 @@ struct Zygote<'a> {
     signals: OwnedFd,
     prepared: Prepared,
     streams: Streams,
+    /// How many views of control groups come with a start.
+    views: usize,
     sockets: SocketCounts,
     statuses: Statuses,
     instances: Vec<Instance>,
@@ -183,12 +190,14 @@ struct Zygote<'a> {
     execs: Vec<Exec>,
     /// Ends of children whose helper has not told their pid yet: pid and wait status.
     unclaimed: Vec<(i32, i32)>,
-    /// The network that the next instance gets, which this process is in; an error is tried again at the next start.
+    /// Networks that the keeper has connected, or is about to, by their numbers.
+    ahead: Vec<(u32, Network)>,
+    /// The network that the next instance gets where it needs none that leads out; an error is tried again at the next start.
     spare: Option<Network>,
 }
 
 impl<'a> Zygote<'a> {
-    fn set_up(plan: &Plan<'_>, socket: BorrowedFd<'a>) -> Result<Self, StepError> {
+    fn set_up(plan: &Plan<'_>, socket: BorrowedFd<'a>, seat: Option<OwnedFd>) -> Result<Self, StepError> {
         userns::become_root()?;
         // With all that are forked from here: nobody below opens their `/proc/PID/exe`, memory or descriptors.
         userns::not_dumpable()?;
@@ -198,7 +207,7 @@ impl<'a> Zygote<'a> {
         let signals = signals::descriptor(&children).map_err(at("make a signalfd"))?;
         // Before the mounts: a sysfs belongs to a network namespace, and may be mounted by who owns that.
         let spare = Some(new_network()?);
-        minimal_root()?;
+        minimal_root(&plan.views, seat)?;
         let limit = rustix::fs::open("/proc/sys/user/max_user_namespaces", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
         limit.and_then(|file| rustix::io::write(file, b"0")).map_err(at("forbid nested user namespaces"))?;
         let prepared = Prepared::new(plan, Filter::compile(&seccomp::DEFAULT));
@@ -215,9 +224,11 @@ impl<'a> Zygote<'a> {
             signals,
             prepared,
             streams: plan.spec.streams,
+            views: plan.views.len(),
             sockets: plan.spec.sockets,
             statuses,
             instances: Vec::new(),
+            ahead: Vec::new(),
             pids,
             execs: Vec::new(),
             unclaimed: Vec::new(),
@@ -316,20 +327,27 @@ impl<'a> Zygote<'a> {
             Ok(None) | Err(_) => return Err(Errno::PIPE),
         };
         match Order::decode(&buffer[..received.bytes]) {
-            Some(Order::Spawn { instance, born }) => self.spawn(instance, born, received.fds),
+            Some(Order::Spawn { instance, born, network }) => self.spawn(instance, born, network, received.fds),
             Some(Order::MoreSockets(instance)) => self.more_sockets(instance, received.fds),
+            Some(Order::MakeNetwork(network)) => self.make_network(network),
+            Some(Order::DropNetwork(network)) => {
+                self.ahead.retain(|(number, _)| *number != network);
+                Ok(())
+            }
             Some(Order::Exec { instance, born }) => self.exec(instance, born, received.fds),
             Some(Order::SignalExec { exec, signal }) => self.signal_exec(exec, signal),
             Some(Order::SetUp) | None => Err(Errno::PROTO),
         }
     }
 
-    fn spawn(&mut self, id: InstanceId, born: bool, descriptors: Fds) -> Result<(), Errno> {
-        match self.try_spawn(id, born, descriptors) {
+    fn spawn(&mut self, id: InstanceId, born: bool, network: u32, descriptors: Fds) -> Result<(), Errno> {
+        match self.try_spawn(id, born, network, descriptors) {
             Ok(pidfd) => {
                 report(self.socket, &Report::Spawned(id), &[pidfd.as_fd()])?;
                 // The next start has its network ready. A failure is met again, and told, when one comes.
-                self.spare = new_network().ok();
+                if self.spare.is_none() {
+                    self.spare = new_network().ok();
+                }
                 Ok(())
             }
             Err(StepError { step, errno }) => report(
@@ -340,7 +358,39 @@ impl<'a> Zygote<'a> {
         }
     }
 
-    fn try_spawn(&mut self, id: InstanceId, born: bool, mut descriptors: Fds) -> Result<OwnedFd, StepError> {
+    /// A network for the keeper to connect.
+    fn make_network(&mut self, number: u32) -> Result<(), Errno> {
+        let made = new_network().and_then(|network| {
+            netns::without_ipv6()?;
+            Ok((netns::route_socket()?, network))
+        });
+        match made {
+            Ok((route, network)) => {
+                report(self.socket, &Report::Network(number), &[network.handle.as_fd(), route.as_fd()])?;
+                self.ahead.push((number, network));
+                Ok(())
+            }
+            Err(StepError { step, errno }) => {
+                let failed = Report::NetworkFailed { network: number, errno: errno.raw_os_error(), step: step.to_owned() };
+                report(self.socket, &failed, &[])
+            }
+        }
+    }
+
+    /// The network of the next instance, which this process is in afterwards.
+    fn network(&mut self, number: u32) -> Result<Network, StepError> {
+        let network = if number == 0 {
+            self.spare.take().map_or_else(new_network, Ok)?
+        } else {
+            let index = self.ahead.iter().position(|(ahead, _)| *ahead == number);
+            let absent = StepError { step: "find the network that was made ahead", errno: Errno::NOENT };
+            self.ahead.swap_remove(index.ok_or(absent)?).1
+        };
+        enter(&network).map_err(at("enter a network"))?;
+        Ok(network)
+    }
+
+    fn try_spawn(&mut self, id: InstanceId, born: bool, network: u32, mut descriptors: Fds) -> Result<OwnedFd, StepError> {
         let missing = || StepError { step: "take the descriptors of a start", errno: Errno::BADF };
         let mut taken = 0..;
         let mut next = || taken.next().and_then(|index| descriptors.take(index)).ok_or_else(missing);
@@ -350,13 +400,13 @@ impl<'a> Zygote<'a> {
             Streams::Call => [Some(next()?), Some(next()?), Some(next()?)],
             Streams::Terminal(_) => [None, None, None],
         };
+        let mut views = [const { None }; GROUPS_MAX];
+        for view in views.iter_mut().take(self.views) {
+            *view = Some(next()?);
+        }
         let group = if born { Some(next()?) } else { None };
-        let network = match self.spare.take() {
-            Some(network) => network,
-            None => new_network()?,
-        };
+        let network = self.network(network)?;
         let Some(place) = self.statuses.take() else {
-            self.spare = Some(network);
             return Err(StepError { step: "find a place for a wait status", errno: Errno::USERS });
         };
         let status = self.statuses.at(place);
@@ -364,7 +414,7 @@ impl<'a> Zygote<'a> {
         // SAFETY: this process has one thread, and the child ends in `init::run`, which does not return.
         match unsafe { clone3_into(INIT_NAMESPACES, group.as_ref().map(AsFd::as_fd)) } {
             Ok(Cloned::Child) => {
-                let start = Start { root, daemon, streams, doors: descriptors, status, network: prepared };
+                let start = Start { root, daemon, streams, views, doors: descriptors, status, network: prepared };
                 // A panic must not unwind into the zygote's frames.
                 let _ = std::panic::catch_unwind(AssertUnwindSafe(|| init::run(&self.prepared, start)));
                 exit()
@@ -375,7 +425,6 @@ impl<'a> Zygote<'a> {
             }
             Err(errno) => {
                 self.statuses.give_back(place);
-                self.spare = Some(network);
                 Err(StepError { step: "clone an init", errno })
             }
         }
@@ -464,29 +513,23 @@ impl<'a> Zygote<'a> {
 
     fn more_sockets(&mut self, id: InstanceId, mut descriptors: Fds) -> Result<(), Errno> {
         let errno = match (self.instances.iter().find(|instance| instance.id == id), descriptors.take(0)) {
-            (Some(instance), Some(daemon)) => match self.send_sockets(instance, daemon.as_fd()) {
-                Ok(()) => 0,
-                Err(Abroad::Sockets(errno)) => errno.raw_os_error(),
-                // In an instance's network there is no going on: the next instance would be born into it.
-                Err(Abroad::Return(errno)) => return Err(errno),
-            },
+            (Some(instance), Some(daemon)) => {
+                self.send_sockets(instance, daemon.as_fd()).map_or_else(Errno::raw_os_error, |()| 0)
+            }
             _ => Errno::SRCH.raw_os_error(),
         };
         report(self.socket, &Report::Sockets { instance: id, errno }, &[])
     }
 
-    fn send_sockets(&self, instance: &Instance, daemon: BorrowedFd<'_>) -> Result<(), Abroad> {
-        let enter = |network: &Network| {
-            rustix::thread::move_into_link_name_space(network.handle.as_fd(), Some(LinkNameSpaceType::Network))
-        };
-        // Where there is no spare one this process is still in the last instance's.
-        let home = self.spare.as_ref().or_else(|| self.instances.last().map(|last| &last.network));
-        let Some(home) = home else { return Err(Abroad::Sockets(Errno::SRCH)) };
-        enter(&instance.network).map_err(Abroad::Sockets)?;
-        let sent = init::send_more_sockets(daemon, init::counts(self.sockets, instance.network.prepared));
-        enter(home).map_err(Abroad::Return)?;
-        sent.map_err(Abroad::Sockets)
+    fn send_sockets(&self, instance: &Instance, daemon: BorrowedFd<'_>) -> Result<(), Errno> {
+        // There is no way back: whoever needs a network enters it.
+        enter(&instance.network)?;
+        init::send_more_sockets(daemon, init::counts(self.sockets, instance.network.prepared))
     }
+}
+
+fn enter(network: &Network) -> Result<(), Errno> {
+    rustix::thread::move_into_link_name_space(network.handle.as_fd(), Some(LinkNameSpaceType::Network))
 }
 
 /// The request that a memory file holds, if it is one for a command in this instance.
@@ -506,14 +549,6 @@ fn read_exec(memory: BorrowedFd<'_>, wanted: InstanceId) -> Option<(ExecId, Box<
     }
 }
 
-/// What can go wrong in another network.
-enum Abroad {
-    /// Only the sockets.
-    Sockets(Errno),
-    /// The way back.
-    Return(Errno),
-}
-
 /// A new network namespace for this process, with `lo` as instances get it.
 fn new_network() -> Result<Network, StepError> {
     // SAFETY: CLONE_NEWNET concerns this process, which has one thread, and touches no memory or descriptor.
@@ -525,7 +560,7 @@ fn new_network() -> Result<Network, StepError> {
 }
 
 /// Builds the zygote's root on the place of the host's `/sys`, which every machine has, and moves into it.
-fn minimal_root() -> Result<(), StepError> {
+fn minimal_root(views: &[ViewName], seat: Option<OwnedFd>) -> Result<(), StepError> {
     mount::make_private()?;
     // While the host's whole ones are in sight.
     let (proc, sys) = (mount::procfs()?, mount::sysfs()?);
@@ -540,6 +575,10 @@ fn minimal_root() -> Result<(), StepError> {
     mount::attach(proc.as_fd(), mount::target(root.as_fd(), c"proc")?.as_fd())?;
     mount::attach(sys.as_fd(), mount::target(root.as_fd(), c"sys")?.as_fd())?;
     mount::device_tree(c"/dev", c"/sys/dev")?;
+    if init::has_view_tree(views) {
+        let place = mount::target(root.as_fd(), c"cgroup")?;
+        cgroup::tree(place.as_fd(), views, seat.as_ref().map(AsFd::as_fd))?;
+    }
     mount::pivot(root.as_fd())
 }
 

@@ -176,6 +176,7 @@ fn stop(shown: Shown<'_>, places: &Places, scope: &Scope, before: &Snapshot) -> 
         data: vec![places.data.clone()],
         admin: vec![places.admin.clone()],
         ports: vec![port],
+        own_network: false,
         killed: false,
     };
     let leaks = subject.leaks(before)?;
