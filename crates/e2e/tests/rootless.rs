@@ -54,16 +54,14 @@ fn odd_image() -> Result<Image> {
         .directory("opt/tree", 0o755)?
         .file("opt/tree/leaf", 0o644, b"leaf")?
         .layer(Compression::Gzip)?;
-    // CAP_NET_BIND_SERVICE, permitted and effective, in the form of version 2 (capabilities(7)).
-    let capability = [&[1, 0, 0, 2][..], &(1_u32 << 10).to_le_bytes(), &[0; 12]].concat();
     let above = Tree::new()
         .directory("opt", 0o755)?
         .whiteout("opt/gone")?
         .owned_file("opt/owned", 0o640, (1000, 2000), b"owned")?
         .owned_file("opt/nobody", 0o600, (65_534, 65_534), b"")?
         .owned_file("opt/setuid", 0o4755, (33, 33), b"")?
-        .attribute("security.capability", &capability)?
-        .file("opt/capable", 0o755, b"")?
+        // CAP_NET_BIND_SERVICE.
+        .capable_file("opt/capable", b"", 1 << 10)?
         .device("opt/disk", 0o666, 254, 0)?
         .layer(Compression::Gzip)?;
     Image::build(vec![catalog::busybox_layer()?, below, above], &Config::command(&["/bin/sh", "-c"]))
