@@ -148,7 +148,7 @@ pub(super) fn remove(path: &Path) -> Result<(), KeeperError> {
         }
     }
     // The id last: without it nobody would know what the rest belongs to.
-    for name in ["id.new", "lock", "id"] {
+    for name in ["net", "net.new", "id.new", "lock", "id"] {
         match fs::remove_file(path.join(name)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
             _ => {}
