@@ -119,7 +119,7 @@ fn enter(root: BorrowedFd<'_>) -> Result<(), StepError> {
     attach(sysfs()?.as_fd(), target(root, c"sys")?.as_fd())?;
     move_tree(c"/mnt/dev", target(root, c"dev")?.as_fd())?;
     let dev = target(root, c"dev")?;
-    attach(devpts()?.as_fd(), target(dev.as_fd(), c"pts")?.as_fd())?;
+    attach(devpts(TEST_BASE.into())?.as_fd(), target(dev.as_fd(), c"pts")?.as_fd())?;
     attach(mqueue()?.as_fd(), target(dev.as_fd(), c"mqueue")?.as_fd())?;
     let shm = tmpfs(&Tmpfs { size_bytes: 64 << 20, uid: 0, gid: 0, mode: 0o1777, attributes: INERT })?;
     attach(shm.as_fd(), target(dev.as_fd(), c"shm")?.as_fd())?;
