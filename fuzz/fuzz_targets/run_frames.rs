@@ -1,8 +1,8 @@
-//! What a client of `POST /run` sends: whatever is taken for a frame is one, byte for byte where it has no JSON.
+//! What a client of `POST /run` or `POST /functions/NAME/exec` sends: whatever is taken for a frame is one, byte for byte where it has no JSON.
 #![no_main]
 
 use bytes::BytesMut;
-use funtainer_gateway::api::run::{FRAME_BYTES_MAX, Frame};
+use funtainer_gateway::api::frames::{FRAME_BYTES_MAX, Frame};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
@@ -15,7 +15,7 @@ fuzz_target!(|bytes: &[u8]| {
                 assert!(bytes.len() <= FRAME_BYTES_MAX);
                 assert_eq!(frame.encode(), taken);
             }
-            Frame::StdinEnd => assert_eq!(frame.encode(), taken),
+            Frame::StdinEnd | Frame::Begun | Frame::Resize(_) | Frame::Signal(_) => assert_eq!(frame.encode(), taken),
             Frame::Progress(_) | Frame::End(_) => {
                 let mut again = BytesMut::from(&frame.encode()[..]);
                 assert_eq!(Frame::decode(&mut again).unwrap().unwrap(), frame);

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use funtainer_contract::{BoxFuture, Connect, StandardStreams};
-use funtainer_engine::backend::{Backend, ImageSummary, Left, Prepared, ProgressSink, Resolve, Start, Started};
+use funtainer_engine::backend::{
+    Backend, Exec, ExecStarted, ImageSummary, Left, Prepared, ProgressSink, Resolve, SignalTarget, Start, Started,
+};
 use funtainer_image::StoreError;
 use funtainer_model::{ErrorCode, Failure, FunctionId, ImageRef, InstanceId, Limits, RevisionId, StopSignal};
 use funtainer_sandbox::fds::Fds;
@@ -18,6 +20,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 
 use crate::descriptor::Descriptor;
+use crate::exec::Execs;
 use crate::images::Images;
 use crate::instance::{Begun, Instances};
 use crate::link::{Answer, Event, Link, LinkError};
@@ -71,6 +74,7 @@ pub(crate) struct Shared {
     pub(crate) images: Images,
     pub(crate) logs: Logs,
     pub(crate) instances: Instances,
+    pub(crate) execs: Execs,
     pub(crate) revisions: Revisions,
     /// Where what is done behind a call runs.
     pub(crate) runtime: Handle,
@@ -97,6 +101,7 @@ impl LocalBackend {
             images,
             logs: Logs::open(data.join("logs")).map_err(OpenError::Logs)?,
             instances: Instances::default(),
+            execs: Execs::default(),
             revisions: Revisions::default(),
             runtime: Handle::current(),
             stop: watch::channel(None).0,
@@ -157,6 +162,14 @@ impl Backend for LocalBackend {
         Box::pin(self.shared.end(instance, grace))
     }
 
+    fn exec(&self, exec: Exec) -> BoxFuture<'_, Result<ExecStarted, Failure>> {
+        Box::pin(self.shared.exec(exec))
+    }
+
+    fn signal(&self, target: SignalTarget, signal: StopSignal) -> BoxFuture<'_, ()> {
+        Box::pin(self.shared.signal_target(target, signal))
+    }
+
     fn retire(&self, revision: RevisionId) -> BoxFuture<'_, ()> {
         Box::pin(async move {
             self.shared.revisions.forget(revision);
@@ -207,6 +220,7 @@ impl Shared {
                 && let Some(shared) = shared.upgrade()
             {
                 shared.instances.all_lost();
+                shared.execs.all_lost();
                 shared.stop.send_replace(Some(Stop::KeeperGone));
             }
         });
@@ -216,6 +230,7 @@ impl Shared {
     fn event(self: &Arc<Self>, event: Event) {
         match event {
             Event::Exited(instance, record) => self.exited(instance, record),
+            Event::ExecEnded(exec, status) => self.execs.ended(exec, status),
             Event::RevisionEnded(revision) => self.revisions.ended(revision),
             Event::Stop(grace_ms) => {
                 self.stop.send_replace(Some(Stop::Asked(Duration::from_millis(grace_ms.into()))));
@@ -252,7 +267,7 @@ impl Shared {
         self.signal(instance, kill_signal()).await;
     }
 
-    async fn signal(&self, instance: InstanceId, signal: StopSignal) {
+    pub(crate) async fn signal(&self, instance: InstanceId, signal: StopSignal) {
         if let Err(error) = self.link.command(&Request::Signal { instance, signal }, Vec::new()).await {
             tracing::debug!(%instance, %error, "an instance could not be signalled");
         }
@@ -325,6 +340,6 @@ impl Shared {
     }
 }
 
-fn kill_signal() -> StopSignal {
+pub(crate) fn kill_signal() -> StopSignal {
     "KILL".parse().expect("SIGKILL is a signal")
 }

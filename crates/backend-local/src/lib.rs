@@ -3,6 +3,7 @@
 //! - `link`, `pair`: messages to and from the keeper and the first processes of instances.
 //! - `start`, `readiness`, `sockets`: from a revision to a connection. `listeners` reads what listens, `timer` waits for less than a
 //!   millisecond.
+//! - `exec`: commands in running instances.
 //! - `instance`, `revision`: what exists. `descriptor` is what a later daemon learns of an instance.
 //! - `logs`: two bounded files for each function.
 //! - `images`: the image store in the engine's words. `machine`: what is asked for beyond what this machine has.
@@ -14,6 +15,7 @@
 mod backend;
 mod descriptor;
 mod descriptors;
+mod exec;
 mod images;
 mod instance;
 mod link;

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use funtainer_model::{InstanceId, RevisionId};
+use funtainer_model::{ExecId, InstanceId, RevisionId};
 use funtainer_sandbox::fds::{self, Fds, ReceiveError};
 use funtainer_sandbox::protocol::{ExitRecord, MESSAGE_BYTES_MAX, Refusal, Reply, Request};
 use rustix::io::Errno;
@@ -46,6 +46,8 @@ pub enum LinkError {
 pub(crate) enum Event {
     /// An instance is reaped.
     Exited(InstanceId, ExitRecord),
+    /// A command in an instance is reaped; its wait status if it is known.
+    ExecEnded(ExecId, Option<i32>),
     /// A zygote is gone.
     RevisionEnded(RevisionId),
     /// The platform is to stop within so many milliseconds.
@@ -258,6 +260,7 @@ impl Shared {
 fn event(reply: &Reply) -> Result<Event, End> {
     match *reply {
         Reply::Exited { instance, exit } => Ok(Event::Exited(instance, exit)),
+        Reply::ExecEnded { exec, status } => Ok(Event::ExecEnded(exec, status)),
         Reply::RevisionEnded { revision } => Ok(Event::RevisionEnded(revision)),
         Reply::Stop { grace_ms } => Ok(Event::Stop(grace_ms)),
         _ => Err(End::Event),

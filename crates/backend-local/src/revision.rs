@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use funtainer_contract::terminal::TerminalSize;
 use funtainer_contract::{StandardStreams, StartPlan};
 use funtainer_engine::backend::RevisionStart;
 use funtainer_model::{LayerId, Limits, RevisionId, Slug};
-use funtainer_sandbox::protocol::{FileSpec, Request, RevisionSpec, SocketCounts, Streams};
+use funtainer_sandbox::protocol::{FileSpec, Request, RevisionSpec, SocketCounts, Streams, WindowSize};
 
 use crate::backend::Shared;
 use crate::sockets;
@@ -90,6 +91,9 @@ fn spec(plan: &StartPlan, limits: Limits, layers: Vec<LayerId>, slug: &Slug) -> 
     let (streams, sockets) = match plan.streams {
         StandardStreams::Log => (Streams::Log, sockets::AT_START),
         StandardStreams::Call => (Streams::Call, SocketCounts { v4: 0, v6: 0 }),
+        StandardStreams::Terminal(TerminalSize { rows, columns }) => {
+            (Streams::Terminal(WindowSize { rows, columns }), SocketCounts { v4: 0, v6: 0 })
+        }
     };
     let file = |file: &funtainer_contract::PlannedFile| FileSpec {
         path: file.path.clone().into_bytes(),

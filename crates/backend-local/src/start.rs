@@ -191,6 +191,14 @@ struct CallPipes {
     stdout: OwnedFd,
 }
 
+/// What came before the program was executed.
+struct Executed {
+    /// When the sockets came.
+    sandbox: Option<Duration>,
+    /// The master end of its terminal.
+    terminal: Option<OwnedFd>,
+}
+
 impl Steps<'_> {
     async fn run(
         &self,
@@ -214,16 +222,18 @@ impl Steps<'_> {
         // The receiver waits for the exit: it outlives this.
         drop(captures.send(streams));
         let mut phases = StartPhases::default();
-        phases.sandbox = self.executed(&mut pair, sockets.as_deref()).await?.unwrap_or(made);
+        let Executed { sandbox, terminal } = self.executed(&mut pair, sockets.as_deref()).await?;
+        phases.sandbox = sandbox.unwrap_or(made);
         phases.exec = self.start_time.elapsed().saturating_sub(phases.sandbox);
-        let access = match (pipes, sockets) {
-            (Some(CallPipes { stdin, stdout }), _) => Access::Streams { stdin, stdout },
-            (None, Some(sockets)) => {
+        let access = match (pipes, sockets, terminal) {
+            (Some(CallPipes { stdin, stdout }), _, _) => Access::Streams { stdin, stdout },
+            (None, None, Some(master)) => Access::Terminal(master),
+            (None, Some(sockets), _) => {
                 self.ready(&sockets, pid, exit.clone()).await?;
                 phases.ready = self.start_time.elapsed().saturating_sub(phases.sandbox + phases.exec);
                 Access::Network(Arc::new(Connector(sockets)))
             }
-            (None, None) => return Err(StartError::Protocol),
+            (None, None, None) => return Err(StartError::Protocol),
         };
         Ok(Started { pid, phases, access, exit })
     }
@@ -267,23 +277,27 @@ impl Steps<'_> {
         }
     }
 
-    /// Until the program is executed. The time at which the sockets came.
-    async fn executed(&self, pair: &mut InitPair, sockets: Option<&Sockets>) -> Result<Option<Duration>, StartError> {
-        let mut sandbox = None;
+    /// Until the program is executed.
+    async fn executed(&self, pair: &mut InitPair, sockets: Option<&Sockets>) -> Result<Executed, StartError> {
+        let has_terminal = matches!(self.plan.plan.streams, StandardStreams::Terminal(_));
+        let mut came = Executed { sandbox: None, terminal: None };
         loop {
             let message = pair.next().await.map_err(|error| StartError::Io("the init's socket", error))?;
             match message {
                 Some((InitMessage::Sockets(counts), fds)) => {
                     let sockets = sockets.ok_or(StartError::Protocol)?;
                     sockets.add(counts, fds).map_err(|error| StartError::Io("taking sockets", error))?;
-                    sandbox = Some(self.start_time.elapsed());
+                    came.sandbox = Some(self.start_time.elapsed());
                 }
-                Some((InitMessage::Executed, _)) => return Ok(sandbox),
+                Some((InitMessage::Terminal, mut fds)) if has_terminal && came.terminal.is_none() => {
+                    came.terminal = fds.take(0);
+                }
+                Some((InitMessage::Executed, _)) => return Ok(came),
                 Some((InitMessage::ExecFailed { step, errno }, _)) => {
                     let program = self.plan.plan.argv.first().cloned().unwrap_or_default();
                     return Err(StartError::Init { program, step, error: io::Error::from_raw_os_error(errno) });
                 }
-                // No plan has listeners of the platform or terminals yet.
+                // No plan has listeners of the platform yet.
                 Some((InitMessage::Listeners | InitMessage::Terminal, _)) | None => return Err(StartError::Protocol),
             }
         }

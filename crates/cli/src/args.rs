@@ -1,12 +1,13 @@
 //! The command line: what can be said, with help that teaches.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::num::{NonZeroU16, NonZeroU32};
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use funtainer_model::{ByteSize, Cpus, EgressRule, EnvVar, Network, QuantityError, TmpfsMount, parse_duration};
+use funtainer_model::{ByteSize, Cpus, EgressRule, EnvVar, InstanceId, Network, QuantityError, TmpfsMount, parse_duration};
+use funtainer_sandbox::net::{Range, can_be_asked};
 
 /// Where a server is by default: its admin socket.
 pub(crate) const ADMIN_DEFAULT: &str = "/run/funtainer/admin.sock";
@@ -27,8 +28,9 @@ Examples:
   funtainer logs hello                                     see what it wrote
   echo hi | funtainer run docker.io/library/busybox -- cat
                                                            run a command-line image once
+  funtainer exec hello -it -- sh                           look around in a running instance
 
-Exit codes: 0 done, 1 failed, 2 wrong usage; `run` ends with the image's own code.")]
+Exit codes: 0 done, 1 failed, 2 wrong usage; `run` and `exec` end with the command's own code.")]
 pub(crate) struct Cli {
     /// Server to talk to: its admin socket, as unix://PATH
     #[arg(long, global = true, env = "FUNTAINER_HOST", hide_env_values = true, value_name = "unix://PATH", default_value_t = Host::default(), help_heading = "Global options")]
@@ -49,7 +51,8 @@ pub(crate) enum Command {
     Serve(Serve),
     Deploy(Box<Deploy>),
     Invoke(Invoke),
-    Run(Run),
+    Run(Box<Run>),
+    Exec(Exec),
     /// List the functions, with their ready instances
     #[command(after_help = "Example:\n  funtainer list --output json")]
     List,
@@ -69,6 +72,7 @@ pub(crate) enum Command {
     Image(Image),
     /// Show the versions of this program and of the server
     Version,
+    Doctor(Doctor),
     #[command(hide = true)]
     Daemon(Daemon),
 }
@@ -89,15 +93,27 @@ Examples:
 
 FUNTAINER_LOG sets what is logged (error, warn, info, debug, or filters such as funtainer_engine=debug); default info.")]
 pub(crate) struct Serve {
-    /// Address for calls; port 0 picks a free one
-    #[arg(long, value_parser = address, value_name = "ADDR", default_value = LISTEN_DEFAULT)]
-    pub(crate) listen: SocketAddr,
+    /// Address for calls; port 0 picks a free one, none leaves them to the admin socket
+    #[arg(long, value_name = "ADDR", default_value = LISTEN_DEFAULT)]
+    pub(crate) listen: Listen,
     /// Path of the admin socket; a stale one is replaced
     #[arg(long, value_name = "SOCKET", default_value = ADMIN_DEFAULT)]
     pub(crate) admin: PathBuf,
     /// Directory of state, images and logs; made if missing
     #[arg(long, value_name = "DIR", default_value = DATA_DEFAULT)]
     pub(crate) data: PathBuf,
+    /// Process id of the parent, with which the server stops; for `run`, which starts one of its own
+    #[arg(long, hide = true, value_name = "PID")]
+    pub(crate) parent: Option<i32>,
+    /// Whether functions may reach what is outside of this machine; off leaves the machine's network alone
+    #[arg(long, value_name = "on|off", default_value_t = Network::On)]
+    pub(crate) network: Network,
+    /// Addresses for instances [default: a free range of 4,096 private ones, mostly of 10.208.0.0/12]
+    #[arg(long, value_name = "CIDR")]
+    pub(crate) network_range: Option<Range>,
+    /// Name server that functions ask; can be repeated [default: those of this machine]
+    #[arg(long, value_name = "ADDR", value_parser = resolver)]
+    pub(crate) dns: Vec<Ipv4Addr>,
 }
 
 /// Make a function of an image, or replace it
@@ -236,13 +252,16 @@ pub(crate) struct Invoke {
 
 /// Run a command-line image once
 ///
-/// Standard input, output and error are the command's own. It runs in a fresh container through the server, and ends when this command
-/// is ended.
+/// Standard input, output and error are the command's own; with -t they are a terminal. It runs in a fresh container through the server,
+/// and ends when this command is ended. Signals are passed on; the third Ctrl-C that it withstands ends it.
+///
+/// Where no server answers, one is started for this command alone: without a port, on the images of --data, and with root's rights.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   funtainer run docker.io/library/busybox -- echo hello
   cat page.md | funtainer run registry.example/pandoc -- -t html > page.html
+  funtainer run -it docker.io/library/debian -- bash
 
 Exit codes: the image's own; 128 + N when it was killed by signal N; 125 when the platform failed;
 126 when the command cannot be executed; 127 when it is not in the image.")]
@@ -252,14 +271,66 @@ pub(crate) struct Run {
     /// Arguments of the command, instead of the image's CMD
     #[arg(last = true, value_name = "ARGS")]
     pub(crate) args: Vec<String>,
+    /// Give it this terminal
+    #[arg(long, short)]
+    pub(crate) tty: bool,
+    /// Give it standard input, which it has in any case
+    #[arg(long, short)]
+    pub(crate) interactive: bool,
     /// Environment variable on top of the image's; can be repeated
-    #[arg(long, value_name = "K=V")]
+    #[arg(long, short, value_name = "K=V")]
     pub(crate) env: Vec<EnvVar>,
     /// Say nothing of the progress
     #[arg(long, short)]
     pub(crate) quiet: bool,
+    /// Directory of state and images for the server that is started where none answers
+    #[arg(long, value_name = "DIR", default_value = DATA_DEFAULT)]
+    pub(crate) data: PathBuf,
     #[command(flatten)]
     pub(crate) container: Container,
+}
+
+/// Run a command in a running instance of a function
+///
+/// The command has the instance's namespaces, limits, filters, user, environment and working directory, and ends with it. It is killed
+/// when this command ends; signals are passed on. While it runs, the instance does not end for want of calls.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  funtainer exec hello -- ps
+  funtainer exec hello -it -- sh
+  funtainer exec hello --start --user root -- cat /etc/shadow
+  pg_dump app | funtainer exec db -i -- psql -U postgres
+
+Exit codes: the command's own; 128 + N when it was killed by signal N; 125 when the platform failed;
+126 when the command cannot be executed; 127 when it is not in the instance.")]
+pub(crate) struct Exec {
+    /// Name of the function
+    pub(crate) name: String,
+    /// Command with its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<String>,
+    /// Give it standard input
+    #[arg(long, short)]
+    pub(crate) interactive: bool,
+    /// Give it a terminal
+    #[arg(long, short)]
+    pub(crate) tty: bool,
+    /// Run it in this instance [default: the oldest that takes calls]
+    #[arg(long, value_name = "ID")]
+    pub(crate) instance: Option<InstanceId>,
+    /// Start an instance if there is none
+    #[arg(long)]
+    pub(crate) start: bool,
+    /// Environment variable on top of the instance's; can be repeated
+    #[arg(long, short, value_name = "K=V")]
+    pub(crate) env: Vec<EnvVar>,
+    /// Instead of the instance's user
+    #[arg(long, short, value_name = "USER[:GROUP]")]
+    pub(crate) user: Option<String>,
+    /// Instead of the instance's working directory
+    #[arg(long, short, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
 }
 
 /// Show what a function wrote to standard output and standard error
@@ -347,6 +418,24 @@ pub(crate) struct Import {
     pub(crate) quiet: bool,
 }
 
+/// Look at what this machine has and lacks for a server
+///
+/// Names each feature, what is lost without it, and how to get it. As root it is about root's server, as an ordinary user about a
+/// server of that user. No server is asked, and nothing on the machine is changed: what is tried is gone afterwards; the kernel may load
+/// a module for a file system that is tried, as it does when a server starts.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  sudo funtainer doctor
+  funtainer doctor --output json
+
+Exit codes: 0 a server can start here, 1 it cannot, 2 wrong usage.")]
+pub(crate) struct Doctor {
+    /// Data directory that the server is to have; it need not be there
+    #[arg(long, value_name = "DIR", default_value = DATA_DEFAULT)]
+    pub(crate) data: PathBuf,
+}
+
 /// The unprivileged side of the server; started by `serve`, not by hand
 #[derive(Debug, Args)]
 pub(crate) struct Daemon {
@@ -373,6 +462,10 @@ pub(crate) enum Output {
     Json,
 }
 
+/// Where calls come in by TCP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Listen(pub(crate) Option<SocketAddr>);
+
 /// Where the server's admin socket is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Host(PathBuf);
@@ -385,6 +478,11 @@ pub(crate) struct Host(PathBuf);
 pub(crate) struct HostError(String);
 
 impl Host {
+    /// The server with its admin socket there.
+    pub(crate) fn at(socket: PathBuf) -> Self {
+        Self(socket)
+    }
+
     /// Path of the socket.
     pub(crate) fn socket(&self) -> &std::path::Path {
         &self.0
@@ -414,9 +512,23 @@ impl std::fmt::Display for Host {
     }
 }
 
-/// Where to listen: names are not resolved, because one can mean several addresses.
-fn address(text: &str) -> Result<SocketAddr, &'static str> {
-    text.parse().map_err(|_| "write an IP address and a port up to 65535, such as 127.0.0.1:8080 or [::1]:8080")
+impl FromStr for Listen {
+    type Err = &'static str;
+
+    /// Names are not resolved, because one can mean several addresses.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        let address = text.parse();
+        let wrong = "write an IP address and a port up to 65535, such as 127.0.0.1:8080 or [::1]:8080, or none";
+        address.map(|address| Self(Some(address))).map_err(|_| wrong)
+    }
+}
+
+fn resolver(text: &str) -> Result<Ipv4Addr, &'static str> {
+    let server = text.parse().ok().filter(can_be_asked);
+    server.ok_or("write an IPv4 address that functions can reach, not one of this machine's loopback")
 }
 
 fn port(text: &str) -> Result<NonZeroU16, &'static str> {
@@ -452,6 +564,8 @@ mod tests {
         for line in [
             "serve",
             "serve --listen 127.0.0.1:0 --admin /tmp/a.sock --data /tmp/d",
+            "doctor",
+            "doctor --data /tmp/d --output json",
             "deploy f --image i",
             "deploy f --image i --port 80 --contract stdio --env A=b --env C=d=e --arg -x --arg y --memory 64M --concurrency 3 --min 1 --max 2 --idle-timeout 10s --timeout 1m",
             "image import dir",
@@ -475,6 +589,12 @@ mod tests {
             "run i --cpus 0.5 --cpu-weight 200 --pids 10 --writable 1M --open-files 99 --read-only --tmpfs /tmp --tmpfs /x:1M -u 1:2 -w /",
             "deploy f --image i --network off --egress 10.0.0.0/8 --egress 1.2.3.4:53/udp --no-new-privileges=false --entrypoint sh",
             "run i -- a --b -c",
+            "run -it i -- sh",
+            "run i -t --data /tmp/d -e A=b",
+            "exec f -- ls",
+            "exec f -it -- sh -c x",
+            "exec -i -t f --instance 0190a1b2-0000-7000-8000-000000000000 --start -e A=b -u 1:2 -w /tmp -- sh",
+            "serve --listen none",
             "list --host unix:///tmp/x",
         ] {
             assert!(parse(line).is_ok(), "{line}: {}", parse(line).unwrap_err());
@@ -501,6 +621,11 @@ mod tests {
             "scale f",
             "scale f -1",
             "run i a",
+            "exec f",
+            "exec f ls",
+            "exec f --",
+            "exec f --instance x -- ls",
+            "exec -- ls",
             "list --host tcp://x",
             "list --host unix://relative",
             "list --output xml",
@@ -542,7 +667,7 @@ mod tests {
     fn help_shows_what_there_is() {
         let mut command = Cli::command().term_width(100);
         insta::assert_snapshot!("help", command.render_long_help().to_string());
-        for name in ["serve", "deploy", "invoke", "run", "scale"] {
+        for name in ["serve", "deploy", "invoke", "run", "exec", "scale", "doctor"] {
             let subcommand = command.find_subcommand_mut(name).unwrap();
             insta::assert_snapshot!(format!("help_{name}"), subcommand.render_long_help().to_string());
         }

@@ -41,6 +41,15 @@ pub(crate) fn full(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
 }
 
+/// Whether a server answers at all: why not, if there is none.
+pub(crate) async fn answers(host: &Host) -> anyhow::Result<Option<NotRunning>> {
+    match UnixStream::connect(host.socket()).await.map_err(|error| NotRunning::new(host, error)) {
+        Ok(_) => Ok(None),
+        Err(unanswered) if unanswered.is_absence() => Ok(Some(unanswered)),
+        Err(unanswered) => Err(unanswered.into()),
+    }
+}
+
 /// Sends a request and returns the head of its answer; the body follows. Any status is a success.
 pub(crate) async fn send(host: &Host, mut request: Request<Body>) -> anyhow::Result<Response<Incoming>> {
     let stream = UnixStream::connect(host.socket()).await.map_err(|error| NotRunning::new(host, error))?;

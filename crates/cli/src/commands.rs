@@ -1,8 +1,12 @@
 //! The commands that ask a server.
 
+mod doctor;
+mod exec;
 mod image;
 mod invoke;
+mod private;
 mod run;
+mod session;
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -16,7 +20,8 @@ use crate::args::{Command, Container, ContractArg, Deploy, Host, Logs, Output};
 use crate::progress::{Show, size};
 use crate::{client, streams};
 
-pub(crate) use run::exit_of;
+pub(crate) use doctor::doctor;
+pub(crate) use session::exit_of;
 
 /// What a request without body has for one.
 const NO_BODY: Option<&()> = None;
@@ -26,7 +31,8 @@ pub(crate) async fn run(host: &Host, form: Output, command: Command) -> anyhow::
     match command {
         Command::Deploy(deploy) => self::deploy(host, form, *deploy).await?,
         Command::Invoke(invoke) => return invoke::invoke(host, form, invoke).await,
-        Command::Run(run) => return run::run(host, run).await,
+        Command::Run(run) => return run::run(host, *run).await,
+        Command::Exec(exec) => return exec::exec(host, exec).await,
         Command::List => list(host, form).await?,
         Command::Describe(named) => streams::json(&function(host, &named.name).await?)?,
         Command::Logs(logs) => self::logs(host, logs).await?,
@@ -52,7 +58,7 @@ pub(crate) async fn run(host: &Host, form: Output, command: Command) -> anyhow::
         Command::Images => images(host, form).await?,
         Command::Image(crate::args::Image::Import(import)) => image::import(host, form, import).await?,
         Command::Version => version(host, form).await?,
-        Command::Serve(_) | Command::Daemon(_) => unreachable!("not asked of a server"),
+        Command::Serve(_) | Command::Daemon(_) | Command::Doctor(_) => unreachable!("not asked of a server"),
     }
     Ok(ExitCode::SUCCESS)
 }

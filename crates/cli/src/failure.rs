@@ -21,6 +21,16 @@ pub(crate) struct NotRunning {
     source: io::Error,
 }
 
+/// Something that this process itself lacks.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+pub(crate) struct Unable {
+    /// What.
+    pub(crate) what: String,
+    /// What to do next.
+    pub(crate) hint: &'static str,
+}
+
 /// Standard output was closed by whoever read it, who has seen enough.
 #[derive(Debug, thiserror::Error)]
 #[error("standard output is closed")]
@@ -29,6 +39,11 @@ pub(crate) struct OutputClosed;
 impl NotRunning {
     pub(crate) fn new(host: &Host, source: io::Error) -> Self {
         Self { host: host.clone(), source }
+    }
+
+    /// Whether there is no server at all, as far as can be seen.
+    pub(crate) fn is_absence(&self) -> bool {
+        matches!(self.source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
     }
 
     fn hint(&self) -> &'static str {
@@ -46,6 +61,7 @@ pub(crate) fn said(error: &anyhow::Error, output: Output) -> String {
     let hint = error
         .downcast_ref::<NotRunning>()
         .map(NotRunning::hint)
+        .or_else(|| error.downcast_ref::<Unable>().map(|unable| unable.hint))
         .or_else(|| error.downcast_ref::<KeeperError>().and_then(hint_for_keeper));
     match output {
         Output::Json => {
@@ -71,7 +87,11 @@ fn hint_for_keeper(error: &KeeperError) -> Option<&'static str> {
         KeeperError::Locked { .. } => Some("stop that server, or choose another directory with --data"),
         KeeperError::Data { .. } | KeeperError::Foreign { .. } => Some("choose another directory with --data"),
         KeeperError::Admin { .. } => Some("choose another place with --admin"),
-        _ => None,
+        KeeperError::Missing(_) | KeeperError::Cgroup(_) | KeeperError::Step(_) => {
+            Some("`funtainer doctor` names everything that this machine lacks, and how to get it")
+        }
+        KeeperError::Range(_) => Some("choose another range with --network-range, or none for a free one"),
+        KeeperError::Threads | KeeperError::Title(_) => None,
     }
 }
 

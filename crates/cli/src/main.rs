@@ -9,6 +9,7 @@ mod failure;
 mod progress;
 mod serve;
 mod streams;
+mod terminal;
 
 use std::process::ExitCode;
 
@@ -19,10 +20,11 @@ use failure::OutputClosed;
 
 fn main() -> ExitCode {
     let Cli { host, output, command } = Cli::parse();
-    let is_run = matches!(command, Command::Run(_));
+    let is_run = matches!(command, Command::Run(_) | Command::Exec(_));
     let result = match command {
         Command::Serve(serve) => serve::serve(serve),
         Command::Daemon(daemon) => daemon::daemon(&daemon),
+        Command::Doctor(doctor) => commands::doctor(output, &doctor),
         command => ask(&host, output, command),
     };
     match result {

@@ -8,10 +8,12 @@ pub mod accounts;
 mod body;
 mod call;
 mod error;
+pub mod exec;
 pub mod http;
 mod plan;
 pub mod program;
 pub mod stdio;
+pub mod terminal;
 
 pub use body::{AnswerBody, BodyError, CallBody};
 pub use call::{Answer, BoxFuture, Call, Connect, Exit, ExitFuture, ExitReport, StartPhases};

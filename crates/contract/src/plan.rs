@@ -9,6 +9,7 @@ use funtainer_model::{Contract, EnvVar, ErrorCode, Failure, FunctionSpec, ImageC
 
 use crate::accounts::{self, AccountError, Identity};
 use crate::program;
+use crate::terminal::TerminalSize;
 
 /// Most bytes of command line and environment together, so that a start fits into one message to the keeper (128 KiB).
 const COMMAND_BYTES_MAX: usize = 96 * 1024;
@@ -107,6 +108,8 @@ pub enum StandardStreams {
     Log,
     /// Standard input and output are the call's, error is the log.
     Call,
+    /// All three are a terminal of the call's, of this size at first. There is no log.
+    Terminal(TerminalSize),
 }
 
 /// Reads an image's files without mounting it. Paths are absolute inside the image; symbolic links are followed inside it.
@@ -266,11 +269,7 @@ pub fn plan(config: &ImageConfig, files: &dyn ImageFiles, spec: &FunctionSpec) -
         Contract::Stdio => (StandardStreams::Call, Readiness::Executed, None),
     };
     let env = env(config, spec, port, &identity);
-    let bytes = argv.iter().map(|arg| arg.len() + 1).sum::<usize>()
-        + env.iter().map(|var| var.name().len() + var.value().len() + 2).sum::<usize>();
-    if bytes > COMMAND_BYTES_MAX {
-        return Err(PlanError::TooLong { bytes });
-    }
+    check_size(&argv, &env)?;
     let user = User { uid: identity.uid, gid: identity.gid, groups: identity.groups };
     let plan = StartPlan {
         argv,
@@ -310,7 +309,15 @@ fn argv(config: &ImageConfig, spec: &FunctionSpec) -> Result<Vec<String>, PlanEr
     Ok(argv)
 }
 
-fn working_dir(text: &str) -> Result<String, PlanError> {
+/// Whether command line and environment fit into a message to the keeper.
+pub(crate) fn check_size(argv: &[String], env: &[EnvVar]) -> Result<(), PlanError> {
+    let bytes = argv.iter().map(|arg| arg.len() + 1).sum::<usize>()
+        + env.iter().map(|var| var.name().len() + var.value().len() + 2).sum::<usize>();
+    if bytes > COMMAND_BYTES_MAX { Err(PlanError::TooLong { bytes }) } else { Ok(()) }
+}
+
+/// The directory of a setting: [`cleaned`].
+pub(crate) fn working_dir(text: &str) -> Result<String, PlanError> {
     if text.contains('\0') {
         return Err(PlanError::Nul("the working directory"));
     }
@@ -387,7 +394,7 @@ fn env(config: &ImageConfig, spec: &FunctionSpec, port: Option<NonZeroU16>, iden
     env
 }
 
-fn identity(user: &str, files: &dyn ImageFiles) -> Result<Identity, PlanError> {
+pub(crate) fn identity(user: &str, files: &dyn ImageFiles) -> Result<Identity, PlanError> {
     let read = |path: &str| {
         let content = files.read(path, ACCOUNTS_FILE_BYTES_MAX);
         content.map(Option::unwrap_or_default).map_err(|source| PlanError::ImageFile { path: path.to_owned(), source })

@@ -5,7 +5,7 @@ mod http;
 mod appetite;
 
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpListener};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -13,6 +13,8 @@ use std::{env, fs, process, thread};
 
 use http::{Connection, Head};
 
+/// How long a server elsewhere may take to accept a connection, and to answer.
+const DIAL_TIME_MAX: Duration = Duration::from_secs(4);
 /// Calls of `/hang` whose client has gone.
 static HUNG_UP: AtomicU64 = AtomicU64::new(0);
 
@@ -64,6 +66,10 @@ fn answer(connection: &mut Connection, head: Head) -> io::Result<()> {
             Ok(()) => "written\n".to_owned(),
             Err(error) => return connection.answer(&head, "403 Forbidden", error.to_string().as_bytes()),
         },
+        "/dial" => match dial(query) {
+            Ok(said) => said,
+            Err(error) => return connection.answer(&head, "502 Bad Gateway", error.to_string().as_bytes()),
+        },
         "/slow" => {
             pause(number(query));
             "slow\n".to_owned()
@@ -102,6 +108,26 @@ fn early(connection: &mut Connection) -> io::Result<()> {
     connection.stream.shutdown(Shutdown::Write)?;
     while matches!(connection.stream.read(&mut [0; 4096]), Ok(1..)) {}
     Err(io::ErrorKind::ConnectionAborted.into())
+}
+
+/// `tcp/ADDRESS:PORT` or `udp/ADDRESS:PORT`: what a server there says to a byte.
+fn dial(query: &str) -> io::Result<String> {
+    let (protocol, address) = query.split_once('/').ok_or(io::ErrorKind::InvalidInput)?;
+    let address: SocketAddr = address.parse().map_err(io::Error::other)?;
+    let mut said = [0; 200];
+    let read = if protocol == "udp" {
+        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+        socket.set_read_timeout(Some(DIAL_TIME_MAX))?;
+        socket.connect(address)?;
+        socket.send(b"x")?;
+        socket.recv(&mut said)?
+    } else {
+        let mut stream = TcpStream::connect_timeout(&address, DIAL_TIME_MAX)?;
+        stream.set_read_timeout(Some(DIAL_TIME_MAX))?;
+        stream.write_all(b"x")?;
+        stream.read(&mut said)?
+    };
+    Ok(String::from_utf8_lossy(&said[..read]).into_owned())
 }
 
 /// Never answers; counts the moment at which the client goes.

@@ -40,6 +40,15 @@ pub struct Places {
     pub log: PathBuf,
 }
 
+/// What a server is started with besides.
+#[derive(Debug, Clone, Default)]
+pub struct Extra {
+    /// More flags of `serve`.
+    pub flags: Vec<String>,
+    /// Commands and their arguments that the server is run by, such as `setpriv`.
+    pub wrapper: Vec<String>,
+}
+
 /// A server that runs.
 pub struct Server {
     child: Child,
@@ -56,22 +65,23 @@ pub type Troubles = Rc<RefCell<Vec<String>>>;
 impl Server {
     /// Starts a server; all its processes belong to `scope`. Returns when it says that it listens.
     pub fn start(places: &Places, listen: &str, scope: Option<&Scope>) -> Result<Self> {
+        Self::start_with(places, listen, scope, &Extra::default())
+    }
+
+    /// The same with more flags, or by another command.
+    pub fn start_with(places: &Places, listen: &str, scope: Option<&Scope>, extra: &Extra) -> Result<Self> {
         let program = paths::funtainer()?;
         let log = File::options().create(true).append(true).open(&places.log)?;
-        let mut command = match scope {
-            None => Command::new(&program),
-            Some(scope) => {
-                // The shell enters the scope and becomes the server, which has its process id then.
-                let mut command = Command::new("sh");
-                command.args(["-c", r#"echo $$ > "$0" && exec "$@""#]).arg(scope.procs()).arg(&program);
-                command
-            }
-        };
+        // The shell enters the scope and becomes the server, which has its process id then.
+        let procs = scope.map_or_else(|| PathBuf::from("/dev/null"), Scope::procs);
+        let mut command = Command::new("sh");
+        command.args(["-c", r#"echo $$ > "$0" && exec "$@""#]).arg(procs).args(&extra.wrapper).arg(&program);
         let mut child = command
             .args(["serve", "--listen", listen, "--admin"])
             .arg(&places.admin)
             .arg("--data")
             .arg(&places.data)
+            .args(&extra.flags)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -79,7 +89,7 @@ impl Server {
             .spawn()
             .with_context(|| format!("cannot start {}", program.display()))?;
         let stdout = lines(child.stdout.take().context("no standard output")?);
-        let address = match stdout.recv_timeout(READY_LIMIT) {
+        let address = match stdout.recv_timeout(wait::patient(READY_LIMIT)) {
             Ok(line) => line.strip_prefix("listening on http://").and_then(|address| address.parse().ok()),
             Err(_) => None,
         };

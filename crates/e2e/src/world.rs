@@ -1,6 +1,7 @@
 //! The world of one test: made for it, and put away after it whatever happened.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 
@@ -8,8 +9,9 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use tempfile::TempDir;
 
 use crate::leak::{Scope, Snapshot, Subject};
+use crate::network::Own;
 use crate::paths;
-use crate::server::{Places, Server, Troubles, tail};
+use crate::server::{Extra, Places, Server, Troubles, tail};
 
 /// Scenarios that run at once: each has a server and some containers, and most of its time it waits.
 const SCENARIOS_MAX: usize = 4;
@@ -31,14 +33,22 @@ struct Served {
     troubles: Troubles,
 }
 
-/// Runs a test in a world of its own; afterwards nothing may be left of it. Servers are local variables of the test: they are stopped at its end
+/// Runs a test in a world of its own, with a network namespace of its own; afterwards nothing may be left of it. Servers are local variables of the test: they are stopped at its end
 /// by SIGTERM, as an operator would, or were stopped or killed by the test itself.
 pub fn scenario(test: impl FnOnce(&World) -> Result<()>) -> Result<()> {
+    scenario_in(|| Ok(()), |world, ()| test(world))
+}
+
+/// As [`scenario`], with something that belongs to the machine: `prepare` makes it, in the network namespace of the test, and none of it is a leak.
+pub fn scenario_in<T>(prepare: impl FnOnce() -> Result<T>, test: impl FnOnce(&World, &T) -> Result<()>) -> Result<()> {
     ensure!(rustix::process::geteuid().is_root(), "this test starts containers: run it as root, as `cargo xtask test` does");
     let _turn = Turn::take();
+    // Servers change the network that they are in.
+    let _network = Own::enter()?;
+    let machine = prepare()?;
     let world =
         World { home: paths::scratch("e2e")?, scope: Scope::create()?, before: Snapshot::take()?, servers: RefCell::default() };
-    let outcome = test(&world);
+    let outcome = test(&world, &machine);
     let outcome = match outcome {
         Ok(()) => world.check(),
         Err(error) => Err(error),
@@ -65,21 +75,39 @@ impl World {
         &self.scope
     }
 
+    /// The ids of the processes of this world, those in containers with the rest.
+    pub fn members(&self) -> Result<BTreeSet<i32>> {
+        self.subject().members()
+    }
+
     /// Starts a server with a new data directory on a free port.
     pub fn serve(&self) -> Result<Server> {
+        self.serve_at(&self.places(), "127.0.0.1:0")
+    }
+
+    /// The same with more flags, or by another command.
+    pub fn serve_with(&self, extra: &Extra) -> Result<Server> {
+        self.start(&self.places(), "127.0.0.1:0", extra)
+    }
+
+    /// Where the next server can keep its things.
+    pub fn places(&self) -> Places {
         let number = self.servers.borrow().len();
         let home = self.home.path();
-        let places = Places {
+        Places {
             data: home.join(format!("data{number}")),
             admin: home.join(format!("admin{number}.sock")),
             log: home.join("serve.log"),
-        };
-        self.serve_at(&places, "127.0.0.1:0")
+        }
     }
 
     /// Starts a server at places that may have been used before.
     pub fn serve_at(&self, places: &Places, listen: &str) -> Result<Server> {
-        let server = Server::start(places, listen, Some(&self.scope))?;
+        self.start(places, listen, &Extra::default())
+    }
+
+    fn start(&self, places: &Places, listen: &str, extra: &Extra) -> Result<Server> {
+        let server = Server::start_with(places, listen, Some(&self.scope), extra)?;
         self.servers.borrow_mut().push(Served {
             places: places.clone(),
             port: server.address().port(),
@@ -91,13 +119,14 @@ impl World {
     /// Whose leaks are looked for: those of every server that was started here.
     pub fn subject(&self) -> Subject<'_> {
         let servers = self.servers.borrow();
-        let data: std::collections::BTreeSet<PathBuf> = servers.iter().map(|served| served.places.data.clone()).collect();
-        let admin: std::collections::BTreeSet<PathBuf> = servers.iter().map(|served| served.places.admin.clone()).collect();
+        let data: BTreeSet<PathBuf> = servers.iter().map(|served| served.places.data.clone()).collect();
+        let admin: BTreeSet<PathBuf> = servers.iter().map(|served| served.places.admin.clone()).collect();
         Subject {
             scope: Some(&self.scope),
             data: data.into_iter().collect(),
             admin: admin.into_iter().collect(),
             ports: servers.iter().map(|served| served.port).collect(),
+            own_network: true,
             killed: false,
         }
     }

@@ -63,6 +63,7 @@ impl Place {
             data: vec![self.data()],
             admin: vec![self.home.path().join("admin.sock")],
             ports: Vec::new(),
+            own_network: false,
             killed: false,
         }
     }

@@ -12,7 +12,7 @@ fn every_process_says_what_it_is() -> Result<()> {
         server.deploy("hello", &catalog::hello()?, &[])?;
         server.deploy("with-arguments", &catalog::probe(&[], &[])?, &["--arg", "a b", "--arg", "c"])?;
         let mut all = Vec::new();
-        for pid in world.scope().members()? {
+        for pid in world.members()? {
             all.extend(parse::process(pid)?);
         }
         let find = |title: &str, parent: i32| -> Result<&Process> {
@@ -26,13 +26,14 @@ fn every_process_says_what_it_is() -> Result<()> {
                 all.iter().find(|process| process.parent == keeper.pid && process.title.starts_with("funtainer daemon"));
             daemon.with_context(|| format!("no daemon among {all:#?}"))
         })?;
+        find("funtainer net", keeper.pid)?;
         for (name, own) in [("hello", "/hello"), ("with-arguments", "/probe a b c")] {
             let zygote = find(&format!("funtainer zygote {name}"), keeper.pid)?;
             let init = find("funtainer init", zygote.pid)?;
             ensure!(server.init_pids(name)? == [init.pid], "describe names another process than {init:?}");
             find(own, init.pid)?;
         }
-        ensure!(all.len() == 2 + 2 * 3, "more processes than that: {all:#?}");
+        ensure!(all.len() == 3 + 2 * 3, "more processes than that: {all:#?}");
         Ok(())
     })
 }

@@ -6,8 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use funtainer_contract::exec::ExecRequest;
 use funtainer_contract::{BoxFuture, Connect, ExitFuture, ImageFiles, StartPhases, StartPlan};
-use funtainer_model::{Digest, Failure, FunctionId, ImageConfig, ImageRef, InstanceId, Limits, RevisionId, Slug};
+use funtainer_model::{
+    Digest, ExecId, Failure, FunctionId, ImageConfig, ImageRef, InstanceId, Limits, RevisionId, Slug, StopSignal,
+};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
@@ -34,6 +37,13 @@ pub trait Backend: Send + Sync + 'static {
     /// Asks the instance to end by its stop signal, kills it after `grace`, and returns when it is reaped.
     /// An unknown instance is one that has ended.
     fn stop(&self, instance: InstanceId, grace: Duration) -> BoxFuture<'_, ()>;
+
+    /// Starts a command in a running instance and returns when its program runs. On an error nothing of it is left. It ends with its
+    /// instance. Dropping the future ends it.
+    fn exec(&self, exec: Exec) -> BoxFuture<'_, Result<ExecStarted, Failure>>;
+
+    /// Sends a signal; what has ended takes none. SIGKILL ends an instance, or the process group of a command.
+    fn signal(&self, target: SignalTarget, signal: StopSignal) -> BoxFuture<'_, ()>;
 
     /// No instance of the revision will be started again: its zygote and its place in caches can go.
     fn retire(&self, revision: RevisionId) -> BoxFuture<'_, ()>;
@@ -172,6 +182,50 @@ pub struct Started {
     pub exit: ExitFuture,
 }
 
+/// A command in a running instance.
+pub struct Exec {
+    /// Its identity.
+    pub id: ExecId,
+    /// Where.
+    pub instance: InstanceId,
+    /// What that is an instance of.
+    pub revision: Arc<RevisionStart>,
+    /// What is asked for.
+    pub request: ExecRequest,
+}
+
+/// A command that runs.
+pub struct ExecStarted {
+    /// Its standard streams.
+    pub streams: ExecStreams,
+    /// Its end; memory and processor time are those of its instance.
+    pub exit: ExitFuture,
+}
+
+/// The standard streams of a command, our ends.
+pub enum ExecStreams {
+    /// One for each.
+    Pipes {
+        /// Write end.
+        stdin: OwnedFd,
+        /// Read end.
+        stdout: OwnedFd,
+        /// Read end.
+        stderr: OwnedFd,
+    },
+    /// The master end of the terminal that is all three.
+    Terminal(OwnedFd),
+}
+
+/// What a signal is sent to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SignalTarget {
+    /// The main program of an instance.
+    Instance(InstanceId),
+    /// A command in one.
+    Exec(ExecId),
+}
+
 /// How to reach an instance.
 pub enum Access {
     /// By TCP, to what listens inside.
@@ -183,6 +237,8 @@ pub enum Access {
         /// Read end.
         stdout: OwnedFd,
     },
+    /// By the terminal that its standard streams are: its master end.
+    Terminal(OwnedFd),
 }
 
 /// An instance that a former process left.

@@ -1,4 +1,4 @@
-//! The engine's doors, but for calls (`invoke`), commands (`run`), deploys and removals (`rollout`).
+//! The engine's doors, but for calls (`invoke`), commands (`run`, `exec`), deploys and removals (`rollout`).
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -50,6 +50,8 @@ pub(crate) struct Shared {
     pub(crate) runs: Mutex<BTreeMap<RevisionId, Arc<Revision>>>,
     /// Commands of `run` that there are.
     pub(crate) running: Arc<AtomicUsize>,
+    /// Commands in instances that there are.
+    pub(crate) executing: Arc<AtomicUsize>,
     /// One deploy or removal of a function at a time.
     turns: Mutex<HashMap<FunctionId, Arc<AsyncMutex<()>>>>,
 }
@@ -75,6 +77,7 @@ impl Engine {
                 closing: AtomicBool::new(false),
                 runs: Mutex::default(),
                 running: Arc::default(),
+                executing: Arc::default(),
                 turns: Mutex::default(),
             }),
         }))

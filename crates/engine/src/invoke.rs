@@ -238,10 +238,12 @@ impl Attempt<'_> {
         let timed_out = |_| InvokeFailure::Timeout { function: function(), limit: self.limit };
         let starting = per_call::start(self.ground, &self.revision.start, live, Some(permit), None);
         let started = timeout_at(self.deadline(), starting).await.map_err(timed_out)?;
-        let Command { streams, phases, exit, running } = started.map_err(|failure| {
+        let failed = |failure: Failure| {
             self.function.last_error.store(Some(Arc::new(failure.clone())));
             InvokeFailure::Start { function: function(), failure }
-        })?;
+        };
+        let Command { access, phases, exit, running } = started.map_err(failed)?;
+        let streams = per_call::streams(access).map_err(failed)?;
         let cold = self.cold(phases, Instant::now());
         match timeout_at(self.deadline(), stdio::invoke(call, streams, exit)).await.map_err(timed_out)? {
             Ok(answer) => Ok(self.invoked(answer, Some(cold), Box::new(running))),

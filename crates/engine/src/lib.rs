@@ -11,11 +11,13 @@
 //! - `owner`: the task that owns a revision's instances and does what `fleet` decides.
 //! - `invoke`, `per_call`: one call, on a lasting instance (`http`) or a fresh one (`stdio`).
 //! - `rollout`: deploy and remove.
-//! - `run`: one command, once.
+//! - `run`, `exec`, `command`: a command in an instance of its own, or in one that runs, and who speaks with it.
 #![forbid(unsafe_code)]
 
 pub mod backend;
+mod command;
 mod engine;
+mod exec;
 mod fleet;
 mod instance;
 mod invoke;
@@ -29,7 +31,8 @@ mod store;
 mod throttle;
 mod view;
 
+pub use command::{CommandHandle, CommandStreams, Errors, Signals};
 pub use engine::{Engine, Settings};
+pub use exec::ExecOrder;
 pub use invoke::{Cold, InvokeFailure, Invoked};
-pub use run::RunHandle;
 pub use view::{FunctionView, InstanceState, InstanceView, PulledImage};

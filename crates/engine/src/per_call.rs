@@ -32,7 +32,7 @@ pub(crate) struct Live {
 
 /// A started command.
 pub(crate) struct Command {
-    pub(crate) streams: stdio::Streams,
+    pub(crate) access: Access,
     pub(crate) phases: StartPhases,
     pub(crate) exit: ExitFuture,
     pub(crate) running: Running,
@@ -74,12 +74,20 @@ pub(crate) async fn start(
         held.exit = Some(exit.clone());
     }
     live.show(InstanceView { id: instance, state: InstanceState::Ready, pid: Some(pid) });
+    Ok(Command { access, phases, exit, running })
+}
+
+/// The streams of a command whose caller has none of its own.
+pub(crate) fn streams(access: Access) -> Result<stdio::Streams, Failure> {
     match access {
-        Access::Streams { stdin, stdout } => Ok(Command { streams: stdio::Streams { stdin, stdout }, phases, exit, running }),
-        Access::Network(_) => {
-            Err(Failure::new(ErrorCode::Internal, "the container was started without the streams that its contract needs"))
-        }
+        Access::Streams { stdin, stdout } => Ok(stdio::Streams { stdin, stdout }),
+        Access::Network(_) | Access::Terminal(_) => Err(without_streams()),
     }
+}
+
+/// The failure of a backend that gave other streams than the plan says.
+pub(crate) fn without_streams() -> Failure {
+    Failure::new(ErrorCode::Internal, "the container was started without the streams that its contract needs")
 }
 
 impl Live {
@@ -128,6 +136,11 @@ impl Live {
 }
 
 impl Running {
+    /// Which.
+    pub(crate) fn instance(&self) -> InstanceId {
+        self.0.as_ref().expect("it is taken by the drop, or where there was no start").instance
+    }
+
     /// Its start failed.
     fn nothing_left(&mut self) {
         if let Some(held) = self.0.take() {

@@ -115,6 +115,14 @@ impl Revision {
         }
     }
 
+    /// Waits until its lasting instances are as wanted, or nobody has any.
+    pub(crate) async fn shows(&self, wanted: impl Fn(&[InstanceView]) -> bool) {
+        if let Instances::Owned { views, .. } = &self.instances {
+            // An error says that the task has ended.
+            let _ = views.clone().wait_for(|views| wanted(views)).await;
+        }
+    }
+
     /// Whether its task has ended, or, without one, whether it was retired and nothing is left.
     pub(crate) fn is_gone(&self) -> bool {
         match &self.instances {

@@ -46,6 +46,8 @@ pub(crate) struct Slot {
     load: AtomicU32,
     /// Microseconds from the throttle's epoch to the end of its last call.
     last_used_us: AtomicU64,
+    /// Commands that run in it.
+    guests: AtomicU32,
 }
 
 /// What [`Slot::new`] is made of.
@@ -89,6 +91,19 @@ pub(crate) struct Permit {
     slot: Arc<Slot>,
 }
 
+/// A command in an instance, which is in use as long as this lives.
+pub(crate) struct Guest {
+    throttle: Arc<Throttle>,
+    slot: Arc<Slot>,
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.slot.last_used_us.fetch_max(self.throttle.micros(Instant::now()), Ordering::Relaxed);
+        self.slot.guests.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 /// Whether a call was in the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Waited {
@@ -125,6 +140,7 @@ impl Slot {
             capacity,
             load: AtomicU32::new(0),
             last_used_us: AtomicU64::new(throttle.micros(now)),
+            guests: AtomicU32::new(0),
         })
     }
 
@@ -268,8 +284,18 @@ impl Throttle {
         }
     }
 
-    /// When the instance's last call ended, or it became ready.
+    /// Notes that a command runs in an instance that takes calls; `None` for another one.
+    pub(crate) fn guest(self: &Arc<Self>, instance: InstanceId) -> Option<Guest> {
+        let slot = self.slots.load().iter().find(|slot| slot.instance == instance).cloned()?;
+        slot.guests.fetch_add(1, Ordering::SeqCst);
+        Some(Guest { throttle: Arc::clone(self), slot })
+    }
+
+    /// When the instance's last call or command ended, or it became ready; now if a command runs in it.
     pub(crate) fn last_used(&self, slot: &Slot) -> Instant {
+        if slot.guests.load(Ordering::SeqCst) > 0 {
+            return Instant::now();
+        }
         self.epoch + Duration::from_micros(slot.last_used_us.load(Ordering::Relaxed))
     }
 

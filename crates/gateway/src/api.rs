@@ -1,7 +1,10 @@
 //! APIs of the admin socket, one file each.
 
+pub mod exec;
+pub mod frames;
 pub mod native;
 pub mod run;
+mod session;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -205,7 +205,7 @@ fn status(code: ErrorCode, occasion: Occasion) -> StatusCode {
     use ErrorCode as E;
     match code {
         E::BadRequest | E::BadSetting | E::BadName | E::BadImageReference => StatusCode::BAD_REQUEST,
-        E::UnknownPath | E::FunctionUnknown | E::ImageUnknown => StatusCode::NOT_FOUND,
+        E::UnknownPath | E::FunctionUnknown | E::InstanceUnknown | E::ImageUnknown => StatusCode::NOT_FOUND,
         E::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
         E::HeaderTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
         E::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
@@ -213,7 +213,7 @@ fn status(code: ErrorCode, occasion: Occasion) -> StatusCode {
         E::FunctionRemoved => StatusCode::GONE,
         E::ImageForbidden => StatusCode::FORBIDDEN,
         E::RegistryUnavailable | E::DigestMismatch => StatusCode::BAD_GATEWAY,
-        E::ScaleOutOfRange | E::NameTaken => StatusCode::CONFLICT,
+        E::ScaleOutOfRange | E::NameTaken | E::NotRunning => StatusCode::CONFLICT,
         E::QueueFull => StatusCode::TOO_MANY_REQUESTS,
         E::QueueTimeout | E::ShuttingDown | E::SandboxFailed | E::TooManyConnections => StatusCode::SERVICE_UNAVAILABLE,
         E::CallTimeout => StatusCode::GATEWAY_TIMEOUT,

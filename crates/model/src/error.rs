@@ -112,6 +112,10 @@ codes! {
     FunctionUnknown = "function-unknown", Client, retry false, "no such function", "`funtainer list` shows the functions, `funtainer deploy NAME --image REF` makes one";
     /// Removed or replaced while the request was under way.
     FunctionRemoved = "function-removed", Client, retry false, "the function was removed meanwhile", "deploy it again";
+    /// No instance of the id.
+    InstanceUnknown = "instance-unknown", Client, retry false, "no such instance", "`funtainer describe NAME` shows the instances of a function";
+    /// No instance that a command could run in.
+    NotRunning = "not-running", Client, retry true, "no instance is running", "--start starts one first, as `funtainer scale NAME 1` does";
     /// The registry has no such image or tag.
     ImageUnknown = "image-unknown", Client, retry false, "no such image", "check the name and the tag with `skopeo inspect docker://REF`, or import one with `funtainer image import`";
     /// The registry wants credentials that we lack.

@@ -12,7 +12,7 @@ use std::process::ExitCode;
 
 use funtainer_sandbox::daemon::{confine, take_inherited_fds};
 use funtainer_sandbox::fds;
-use funtainer_sandbox::keeper::{KeeperSettings, run};
+use funtainer_sandbox::keeper::{KeeperSettings, NetworkSettings, run};
 use funtainer_sandbox::mount::Features;
 use rustix::net::SendFlags;
 
@@ -33,13 +33,15 @@ fn main() -> ExitCode {
 fn serve(admin: &str, data: &str) -> Result<ExitCode, Box<dyn Error>> {
     let mounts = if std::env::var_os("KEEPER_HOST_OLDEST").is_some() { Features::OLDEST } else { Features::NEWEST };
     let ended = run(KeeperSettings {
-        listen: "127.0.0.1:0".parse()?,
+        listen: Some("127.0.0.1:0".parse()?),
         admin: admin.into(),
         data: data.into(),
         daemon: vec!["keeper_host".into(), "daemon".into()],
         mounts,
+        // Only tests that have a network namespace of their own ask for it: the host's is not theirs to change.
+        network: NetworkSettings { on: std::env::var_os("KEEPER_HOST_NETWORK").is_some(), ..NetworkSettings::default() },
         announce: |address| {
-            println!("listening on http://{address}");
+            println!("listening on http://{}", address.expect("it was asked for"));
             // A closed pipe is the reader's affair.
             let _ = std::io::stdout().flush();
         },

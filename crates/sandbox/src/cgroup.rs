@@ -19,6 +19,7 @@ pub mod place;
 mod sweep;
 mod v1;
 mod v2;
+mod view;
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -32,6 +33,8 @@ use crate::step::StepError;
 
 pub use place::Settled;
 pub use sweep::sweep;
+pub use view::ViewName;
+pub(crate) use view::tree;
 
 /// How many controllers an instance may have a group in.
 const GROUPS_MAX: usize = v1::CONTROLLERS.len();
@@ -163,6 +166,8 @@ fn unescape(text: &str) -> String {
 pub struct Hierarchy {
     name: String,
     tops: Vec<Top>,
+    /// Where zygotes are, and with them their instances, in a controller that sets no limits here.
+    seat: Option<view::Seat>,
     missing: Vec<&'static str>,
 }
 
@@ -204,7 +209,7 @@ impl Hierarchy {
     /// hold them.
     pub fn absent() -> Self {
         let missing = vec!["memory limit", "process limit", "processor limit", "processor time"];
-        Self { name: String::new(), tops: Vec::new(), missing }
+        Self { name: String::new(), tops: Vec::new(), seat: None, missing }
     }
 
     /// Limits and counts that this machine does not offer, as words for a warning: `memory limit`, `process limit`, `processor limit`,
@@ -243,8 +248,9 @@ impl Hierarchy {
         }
         let name = component(&self.name)?;
         let mut outcome = Ok(());
-        for top in &self.tops {
-            if let Err(errno) = remove_directory(top.root.as_fd(), &name) {
+        let roots = self.tops.iter().map(|top| &top.root).chain(self.seat.iter().map(view::Seat::root));
+        for root in roots {
+            if let Err(errno) = remove_directory(root.as_fd(), &name) {
                 let source = StepError { step: "remove the top directory", errno };
                 outcome = outcome.and(Err(CgroupError::Step { path: self.name.clone(), source }));
             }

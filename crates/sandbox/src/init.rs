@@ -20,6 +20,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, ipproto};
 use rustix::process::{Gid, Resource, Rlimit, Uid};
 use rustix::thread::{CapabilitySet, UnshareFlags};
 
+use crate::cgroup::ViewName;
 use crate::clone::{VforkStack, vfork};
 use crate::mount::{self, INERT, Tmpfs};
 use crate::program::{Program, c_string};
@@ -38,6 +39,10 @@ pub(crate) const RUNNING: i32 = i32::MIN + 1;
 pub(crate) const FULL: i32 = 1 << 16;
 /// Where the zygote's root has an empty directory for the instance's root.
 pub(crate) const ROOT_PLACE: &CStr = c"/root";
+/// Where programs look for their control groups, below the root.
+const VIEWS: &CStr = c"sys/fs/cgroup";
+/// Where the zygote has the tree for that.
+const VIEW_TREE: &CStr = c"/cgroup";
 /// Where POSIX shared memory is.
 const SHM: &str = "/dev/shm";
 /// Room of `/dev/shm`, as Docker's default. Its pages count towards the memory limit.
@@ -60,6 +65,10 @@ pub(crate) struct Prepared {
     working_dir_parents: Vec<Place>,
     /// Upper ones first.
     extras: Vec<Extra>,
+    /// Where control groups are seen, in the zygote's root.
+    views: Vec<CString>,
+    /// Whether all of them lie in one tree of the zygote's.
+    view_tree: bool,
     shm_bytes: u64,
     files: Vec<PreparedFile>,
     listeners: Vec<u16>,
@@ -133,7 +142,7 @@ struct PreparedFile {
 
 impl Prepared {
     /// From a checked specification.
-    pub(crate) fn new(spec: &RevisionSpec, filter: Filter, title: Title) -> Self {
+    pub(crate) fn new(spec: &RevisionSpec, views: &[ViewName], filter: Filter, title: Title) -> Self {
         let files = spec.files.iter().map(|file| {
             let mut places = places(&file.path);
             let place = places.pop().unwrap_or(Place { parent: c".".to_owned(), name: c".".to_owned() });
@@ -148,6 +157,8 @@ impl Prepared {
             working_dir: c_string(&spec.working_dir),
             working_dir_parents: places(&spec.working_dir),
             extras: Extra::all(spec),
+            views: views.iter().map(view_place).collect(),
+            view_tree: has_view_tree(views),
             shm_bytes: spec
                 .isolation
                 .tmpfs
@@ -180,6 +191,17 @@ impl Prepared {
     }
 }
 
+/// Where an init puts a view before it changes its root.
+fn view_place(name: &ViewName) -> CString {
+    let parts = [ROOT_PLACE.to_bytes(), VIEWS.to_bytes()].into_iter().chain((!name.is_empty()).then_some(name.to_bytes()));
+    c_string(&parts.collect::<Vec<_>>().join(&b'/'))
+}
+
+/// Whether views lie in a directory, rather than one in its place.
+pub(crate) fn has_view_tree(views: &[ViewName]) -> bool {
+    views.iter().any(|name| !name.is_empty())
+}
+
 /// Each directory on the way to `path`, and `path` itself, from the root on.
 fn places(path: &[u8]) -> Vec<Place> {
     let mut parent = b".".to_vec();
@@ -200,6 +222,8 @@ pub(crate) struct Start<'a> {
     pub(crate) daemon: OwnedFd,
     /// Standard input, output and error. What is not given is the terminal, where the instance has one, else `/dev/null`.
     pub(crate) streams: [Option<OwnedFd>; 3],
+    /// The instance's cgroups in the zygote's views, as many as it has names for.
+    pub(crate) views: &'a [CString],
     /// Doors of the cgroups.
     pub(crate) doors: Doors,
     /// Where the main process's wait status goes.
@@ -233,8 +257,8 @@ pub(crate) fn run(prepared: &Prepared, start: Start<'_>) -> ! {
     // The name is for people; nothing depends on it.
     let _ = crate::title::set_name(c"funtainer-init");
     let status = start.status;
-    let Start { root, daemon, streams, doors, network, .. } = start;
-    let main = set_up(prepared, root, daemon.as_fd(), doors, network)
+    let Start { root, daemon, streams, views, doors, network, .. } = start;
+    let main = set_up(prepared, root, daemon.as_fd(), views, doors, network)
         .and_then(|own| execute(prepared, streams.each_ref().map(|given| given.as_ref().unwrap_or(&own).as_fd())));
     let message = match &main {
         Ok(_) => InitMessage::Executed,
@@ -270,11 +294,12 @@ fn set_up(
     prepared: &Prepared,
     root: OwnedFd,
     daemon: BorrowedFd<'_>,
+    views: &[CString],
     doors: Doors,
     network: netns::Prepared,
 ) -> Result<OwnedFd, Failed> {
     enter_cgroup(doors)?;
-    mounts(prepared, root)?;
+    mounts(prepared, root, views)?;
     let system = at(InitStep::Network);
     rustix::system::sethostname(&prepared.hostname).map_err(&system)?;
     send_sockets(daemon, counts(prepared.sockets, network))?;
@@ -335,7 +360,7 @@ fn enter_cgroup(doors: Doors) -> Result<(), Failed> {
 }
 
 /// The root file system with all that lies in it; this process is in it afterwards.
-fn mounts(prepared: &Prepared, root: OwnedFd) -> Result<(), Failed> {
+fn mounts(prepared: &Prepared, root: OwnedFd, views: &[CString]) -> Result<(), Failed> {
     let failed = during(InitStep::Mounts);
     let open = |path: &CStr| {
         rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(at(InitStep::Mounts))
@@ -360,6 +385,13 @@ fn mounts(prepared: &Prepared, root: OwnedFd) -> Result<(), Failed> {
     ] {
         // The targets of /dev lie in our own tree, which `target` enters like the image's.
         mount::attach(made.map_err(&failed)?.as_fd(), place(name)?.as_fd()).map_err(&failed)?;
+    }
+    if prepared.view_tree {
+        mount::move_tree(VIEW_TREE, place(VIEWS)?.as_fd()).map_err(&failed)?;
+    }
+    // The ways lead through mounts of ours alone: `/sys` lies over whatever the image has.
+    for (place, view) in prepared.views.iter().zip(views) {
+        mount::bind(view, place).map_err(&failed)?;
     }
     mount::pivot(root.as_fd()).map_err(&failed)?;
     mount::mask_all().map_err(&failed)

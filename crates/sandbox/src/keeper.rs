@@ -19,6 +19,7 @@ mod jail;
 mod layers;
 mod link;
 mod listen;
+mod networks;
 mod platform;
 mod requests;
 mod resident;
@@ -55,6 +56,8 @@ use jail::Birth;
 use layers::Layers;
 use link::{Fault, Link};
 use listen::{Admin, Tcp};
+pub use networks::NetworkSettings;
+use networks::{Networks, Pool};
 use zygotes::Zygotes;
 
 /// What the daemon may take to drain, as it is told; the rest up to [`STOP_MAX`] is for its own end.
@@ -77,24 +80,28 @@ const EVENTS: usize = 64;
 const TOKEN_SIGNALS: u64 = 0;
 const TOKEN_DAEMON: u64 = 1;
 const TOKEN_DAEMON_END: u64 = 2;
+const TOKEN_NET: u64 = 3;
+const TOKEN_NET_END: u64 = 4;
 /// Zygote K has this plus 2 K for its socket, plus 1 for its end.
 const TOKEN_ZYGOTES: u64 = 16;
 
 /// How `funtainer serve` is set up.
 #[derive(Debug, Clone)]
 pub struct KeeperSettings {
-    /// Where calls come in; port 0 lets the kernel choose.
-    pub listen: SocketAddr,
+    /// Where calls come in, port 0 lets the kernel choose; `None` for calls through the admin socket alone.
+    pub listen: Option<SocketAddr>,
     /// Path of the admin socket.
     pub admin: PathBuf,
     /// Data directory.
     pub data: PathBuf,
     /// Command line of the daemon, which is this program again: `funtainer daemon`. `--listeners N` is put behind it.
     pub daemon: Vec<OsString>,
+    /// Whether and how instances reach what is outside of this machine.
+    pub network: NetworkSettings,
     /// The newest ways to mount that are tried: [`Features::NEWEST`]; a test can ask for those of an older kernel.
     pub mounts: Features,
-    /// Told once, when the first daemon accepts calls.
-    pub announce: fn(SocketAddr),
+    /// Told once, when the first daemon accepts calls, with the address that was bound.
+    pub announce: fn(Option<SocketAddr>),
     /// Told what an operator should know, as one line without its end.
     pub log: fn(&str),
 }
@@ -169,6 +176,9 @@ pub enum KeeperError {
         /// Where.
         path: PathBuf,
     },
+    /// The range of addresses for instances is not free.
+    #[error("{0}")]
+    Range(String),
     /// Control groups cannot be used.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
@@ -219,7 +229,7 @@ struct Keeper {
     signals: OwnedFd,
     data: DataDirectory,
     cgroups: Hierarchy,
-    address: SocketAddr,
+    address: Option<SocketAddr>,
     tcp: Vec<OwnedFd>,
     admin: Admin,
     daemon: Option<Daemon>,
@@ -227,12 +237,15 @@ struct Keeper {
     generation: u64,
     respawn: Respawn,
     announced: bool,
+    /// A daemon accepts calls, and that is not announced yet.
+    announceable: bool,
     /// Since when the keeper is asked to stop.
     stopping: Option<Instant>,
     mounts: Mounts,
     layers: Layers,
     zygotes: Zygotes,
     instances: Instances,
+    networks: Networks,
     execs: Execs,
     /// Mounts whose release costs a grace period of the kernel: released when nothing waits.
     spent: Vec<mount::Writable>,
@@ -293,17 +306,19 @@ impl Keeper {
             )),
             Err(error) => (settings.log)(&format!("loop devices of an earlier server cannot be looked for: {error}")),
         }
-        let (Tcp { address, sockets: tcp }, admin) =
-            match listen::tcp(settings.listen).and_then(|tcp| Ok((tcp, listen::admin(&settings.admin)?))) {
-                Ok(listening) => listening,
-                Err(error) => {
-                    // Both errors are told: the first is the one to act on.
-                    if let Err(left) = cgroups.close() {
-                        (settings.log)(&format!("a control group remains: {left}"));
-                    }
-                    return Err(error);
+        let tcp = settings.listen.map(listen::tcp).transpose();
+        let (tcp, admin) = match tcp.and_then(|tcp| Ok((tcp, listen::admin(&settings.admin)?))) {
+            Ok(listening) => listening,
+            Err(error) => {
+                // Both errors are told: the first is the one to act on.
+                if let Err(left) = cgroups.close() {
+                    (settings.log)(&format!("a control group remains: {left}"));
                 }
-            };
+                return Err(error);
+            }
+        };
+        let (address, tcp) = tcp.map_or((None, Vec::new()), |Tcp { address, sockets }| (Some(address), sockets));
+        let networks = Networks::new(settings.network.clone());
         Ok(Self {
             settings,
             executable,
@@ -320,11 +335,13 @@ impl Keeper {
             generation: 0,
             respawn: Respawn { deaths: 0, at: Some(Instant::now()) },
             announced: false,
+            announceable: false,
             stopping: None,
             mounts,
             layers: Layers::default(),
             zygotes: Zygotes::default(),
             instances: Instances::default(),
+            networks,
             execs: Execs::default(),
             spent: Vec::new(),
             buffer: vec![0; MESSAGE_BYTES_MAX],
@@ -337,8 +354,10 @@ impl Keeper {
 
     fn serve(&mut self) -> Result<Ended, KeeperError> {
         let mut events = Vec::with_capacity(EVENTS);
+        self.open_net();
         loop {
             self.spent.clear();
+            self.tick_networks(Instant::now())?;
             if let Some(ended) = self.tick(Instant::now()) {
                 return Ok(ended);
             }
@@ -359,6 +378,8 @@ impl Keeper {
                             return Ok(ended);
                         }
                     }
+                    TOKEN_NET => self.on_net(flags),
+                    TOKEN_NET_END => self.net_ended(),
                     zygote => self.on_zygote(zygote - TOKEN_ZYGOTES, flags),
                 }
             }
@@ -385,6 +406,7 @@ impl Keeper {
             _ => {}
         }
         self.tick_zygotes(now);
+        self.announce();
         self.instances.retry_removals(now);
         None
     }
@@ -398,6 +420,8 @@ impl Keeper {
             daemon.and_then(|daemon| daemon.link.deadline()),
             self.zygotes.deadline(),
             self.instances.deadline(),
+            self.networks.deadline(),
+            self.zygotes.pools().filter_map(Pool::deadline).min(),
         ]
         .into_iter()
         .flatten()
@@ -585,8 +609,12 @@ impl Keeper {
         }
     }
 
-    /// A daemon accepts calls: the start, or a daemon's replacement, is over.
+    /// A daemon accepts calls, and it is known whether there are networks: the start, or a daemon's replacement, is over.
     fn announce(&mut self) {
+        if !self.announceable || !self.networks.is_settled(Instant::now()) {
+            return;
+        }
+        self.announceable = false;
         if !std::mem::replace(&mut self.announced, true) {
             (self.settings.announce)(self.address);
         }
@@ -604,6 +632,7 @@ impl Keeper {
             }
         }
         self.close_zygotes();
+        self.close_net();
         if let Err(error) = self.cgroups.close() {
             (self.settings.log)(&format!("a control group remains: {error}"));
         }

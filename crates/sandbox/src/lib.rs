@@ -7,12 +7,14 @@
 pub mod cgroup;
 mod clone;
 pub mod daemon;
+pub mod doctor;
 mod exec;
 mod executable;
 pub mod fds;
 mod init;
 pub mod keeper;
 pub mod mount;
+pub mod net;
 pub mod netns;
 mod orders;
 mod program;

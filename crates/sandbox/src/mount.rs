@@ -23,12 +23,12 @@ mod inside;
 mod layers;
 mod loops;
 mod platform;
-mod probe;
+pub(crate) mod probe;
 mod workshop;
 
 pub use inside::{
-    DEVICES, MASKED, READ_ONLY, attach, bind_file, device_tree, make_private, mask_all, move_tree, part, pivot,
-    remount_read_only, target,
+    DEVICES, MASKED, READ_ONLY, attach, bind, bind_file, device_tree, make_private, mask_all, move_tree, part, pivot,
+    remount_read_only, seal, target, view,
 };
 pub use layers::{Mounted, Mounts, Writable};
 pub use platform::EtcFile;
@@ -102,12 +102,15 @@ pub fn sysfs() -> Result<OwnedFd, StepError> {
     create(&open(c"sysfs", "fsopen sysfs")?, INERT | MountAttrFlags::MOUNT_ATTR_RDONLY, "create a sysfs")
 }
 
+/// Most terminals of an instance: the kernel has some 3,000 for all (sysctl `kernel.pty.max` less `kernel.pty.reserve`).
+const TERMINALS_MAX: &CStr = c"256";
+
 /// A new devpts with a `ptmx` of its own that everybody may open; terminals belong to group 5 (`tty` in all distributions).
 ///
 /// Neither allocates nor locks: may be called between clone and exec.
 pub fn devpts() -> Result<OwnedFd, StepError> {
     let context = open(c"devpts", "fsopen devpts")?;
-    for (key, value) in [(c"ptmxmode", c"0666"), (c"mode", c"0620"), (c"gid", c"5")] {
+    for (key, value) in [(c"ptmxmode", c"0666"), (c"mode", c"0620"), (c"gid", c"5"), (c"max", TERMINALS_MAX)] {
         fsconfig_set_string(&context, key, value).map_err(at("set an option of a devpts"))?;
     }
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
@@ -121,7 +124,7 @@ pub fn mqueue() -> Result<OwnedFd, StepError> {
     create(&open(c"mqueue", "fsopen mqueue")?, INERT, "create an mqueue file system")
 }
 
-fn open(kind: &CStr, step: &'static str) -> Result<OwnedFd, StepError> {
+pub(crate) fn open(kind: &CStr, step: &'static str) -> Result<OwnedFd, StepError> {
     fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).map_err(at(step))
 }
 
@@ -129,7 +132,7 @@ fn read_only(context: &OwnedFd) -> Result<(), StepError> {
     fsconfig_set_flag(context, c"ro").map_err(at("set a file system read-only"))
 }
 
-fn create(context: &OwnedFd, attributes: MountAttrFlags, step: &'static str) -> Result<OwnedFd, StepError> {
+pub(crate) fn create(context: &OwnedFd, attributes: MountAttrFlags, step: &'static str) -> Result<OwnedFd, StepError> {
     fsconfig_create(context).and_then(|()| fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)).map_err(at(step))
 }
 

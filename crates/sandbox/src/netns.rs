@@ -34,8 +34,7 @@ pub struct Prepared {
 ///
 /// Neither allocates nor locks: may be called between clone and exec.
 pub fn prepare() -> Result<Prepared, StepError> {
-    let socket = rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, NETLINK_ROUTE)
-        .map_err(at("open a netlink socket"))?;
+    let socket = route_socket()?;
     let lo = rustix::net::netdevice::name_to_index(&socket, "lo").map_err(at("find the interface lo"))?;
 
     ask(socket.as_fd(), &Request::link_up(lo)).map_err(at("bring lo up"))?;
@@ -58,6 +57,27 @@ pub fn prepare() -> Result<Prepared, StepError> {
             .map_err(at("open the sysctl ip_unprivileged_port_start"))?;
     rustix::io::write(&setting, b"0").map_err(at("write the sysctl ip_unprivileged_port_start"))?;
     Ok(Prepared { ipv6 })
+}
+
+/// Interfaces that come into the calling thread's network namespace from now on have no IPv6. Where the kernel has none there is nothing
+/// to do. Needs CAP_NET_ADMIN over the namespace, and a writable `/proc/sys`.
+///
+/// Neither allocates nor locks: may be called between clone and exec.
+pub fn without_ipv6() -> Result<(), StepError> {
+    let setting = c"/proc/sys/net/ipv6/conf/default/disable_ipv6";
+    match rustix::fs::open(setting, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(setting) => rustix::io::write(&setting, b"1").map(drop).map_err(at("write the sysctl disable_ipv6")),
+        Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(StepError { step: "open the sysctl disable_ipv6", errno }),
+    }
+}
+
+/// A socket of rtnetlink(7), which acts on the calling thread's network namespace wherever it goes.
+///
+/// Neither allocates nor locks: may be called between clone and exec.
+pub fn route_socket() -> Result<OwnedFd, StepError> {
+    rustix::net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, NETLINK_ROUTE)
+        .map_err(at("open a netlink socket"))
 }
 
 /// A TCP socket in the calling thread's network namespace, which [`prepare`] was run in: non-blocking, close-on-exec, bound to the source

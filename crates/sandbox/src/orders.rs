@@ -4,10 +4,13 @@
 //! kind u8 │ zero u8 × 3 │ value i32 │ instance or command 16 bytes │ of the failures: text, at most 96 bytes
 //!                                                                  │ of Exited: memory u64 │ processor time u64 │ full u8
 //! ```
-//! Descriptors of `Spawn`: root file system, init pair, stdin where it is given, stdout, stderr, then the entrance to the cgroups. `MoreSockets`: the pair.
+//! Networks have numbers, the keeper's to give, from 1 on. Descriptors of `SetUp`: the views of what instances' cgroups are made in, then of the
+//! seat, if zygotes have one. Of `Spawn`: root file system, init pair, stdin where it is given, stdout, stderr, then the entrance to the cgroups.
+//! `MoreSockets`: the pair.
 //! `Exec`: a sealed memory file with the `Exec` request, the command's pair, its three streams unless it has a terminal, the namespaces of
 //! [`NAMESPACES`], then the entrance. The entrance is the directory of the cgroup to be born in (value 1), or the doors of the cgroups to enter
-//! (value 0). `Spawned`: the init's pidfd. The others carry none. Both sides are one process image, yet the keeper checks what it reads: a zygote
+//! (value 0); `Spawn` adds twice the network's number to the value. `Spawned`: the init's pidfd. `Network`: its handle, then a socket of
+//! rtnetlink(7) that was made in it. The others carry none. Both sides are one process image, yet the keeper checks what it reads: a zygote
 //! shares a kernel with what it started.
 
 use funtainer_model::{ExecId, InstanceId};
@@ -41,9 +44,15 @@ pub(crate) enum Order {
         instance: InstanceId,
         /// Whether it is born in its cgroup; else it enters it.
         born: bool,
+        /// The network that was made ahead for it; 0 for one that leads nowhere. Below 2^30.
+        network: u32,
     },
     /// Make sockets in an instance's network.
     MoreSockets(InstanceId),
+    /// Make a network ahead.
+    MakeNetwork(u32),
+    /// It is not used any more, or never will be.
+    DropNetwork(u32),
     /// Start a command in an instance.
     Exec {
         /// Which.
@@ -70,6 +79,10 @@ pub(crate) enum Report {
     Exited { instance: InstanceId, end: End },
     /// The sockets are sent, or could not be made (errno).
     Sockets { instance: InstanceId, errno: i32 },
+    /// The network is there, with nothing but `lo`.
+    Network(u32),
+    /// It is not.
+    NetworkFailed { network: u32, errno: i32, step: String },
     /// A command is on its way into its instance.
     ExecSpawned(ExecId),
     /// It is not; what came with the order is closed.
@@ -164,28 +177,41 @@ impl<'a> Fields<'a> {
 const NOBODY: [u8; 16] = [0; 16];
 
 impl Order {
+    /// Whether a report answers it.
+    pub(crate) const fn is_answered(self) -> bool {
+        !matches!(self, Self::DropNetwork(_))
+    }
+
     pub(crate) fn encode(self) -> Datagram {
         match self {
             Self::SetUp => Datagram::new(1, 0, NOBODY, ""),
-            Self::Spawn { instance, born } => Datagram::new(2, born.into(), instance.to_bytes(), ""),
+            Self::Spawn { instance, born, network } => {
+                Datagram::new(2, (network << 1 | u32::from(born)).cast_signed(), instance.to_bytes(), "")
+            }
             Self::MoreSockets(instance) => Datagram::new(3, 0, instance.to_bytes(), ""),
             Self::Exec { instance, born } => Datagram::new(4, born.into(), instance.to_bytes(), ""),
             Self::SignalExec { exec, signal } => Datagram::new(5, signal, exec.to_bytes(), ""),
+            Self::MakeNetwork(network) => Datagram::new(8, network.cast_signed(), NOBODY, ""),
+            Self::DropNetwork(network) => Datagram::new(9, network.cast_signed(), NOBODY, ""),
         }
     }
 
     /// `None` for what is no order.
     pub(crate) fn decode(bytes: &[u8]) -> Option<Self> {
         let Fields { kind, value, id, tail: b"" } = Fields::parse(bytes)? else { return None };
-        let instance = InstanceId::from_bytes(id);
-        match (kind, value) {
-            (1, 0) => Some(Self::SetUp),
-            (2, 0 | 1) => Some(Self::Spawn { instance, born: value == 1 }),
-            (3, 0) => Some(Self::MoreSockets(instance)),
-            (4, 0 | 1) => Some(Self::Exec { instance, born: value == 1 }),
-            (5, signal) => Some(Self::SignalExec { exec: ExecId::from_bytes(id), signal }),
-            _ => None,
-        }
+        let (instance, number) = (InstanceId::from_bytes(id), value.cast_unsigned());
+        let order = match kind {
+            1 => Self::SetUp,
+            2 => Self::Spawn { instance, born: number & 1 == 1, network: number >> 1 },
+            3 => Self::MoreSockets(instance),
+            4 => Self::Exec { instance, born: value == 1 },
+            5 => Self::SignalExec { exec: ExecId::from_bytes(id), signal: value },
+            8 => Self::MakeNetwork(number),
+            9 => Self::DropNetwork(number),
+            _ => return None,
+        };
+        // One order has one form: what a kind has no use for is zero.
+        (order.encode().as_bytes() == bytes).then_some(order)
     }
 }
 
@@ -203,6 +229,22 @@ impl Report {
             Self::ExecSignalled { exec, errno } => Datagram::new(25, *errno, exec.to_bytes(), ""),
             Self::ExecEnded { exec, status } => Datagram::new(26, *status, exec.to_bytes(), ""),
             Self::ExecLost(exec) => Datagram::new(27, 0, exec.to_bytes(), ""),
+            Self::Network(network) => Datagram::new(28, network.cast_signed(), NOBODY, ""),
+            Self::NetworkFailed { network, errno, step } => {
+                // The place of an id has the errno: a failure is nobody's.
+                let mut place = NOBODY;
+                place[..4].copy_from_slice(&errno.to_le_bytes());
+                Datagram::new(29, network.cast_signed(), place, step)
+            }
+        }
+    }
+
+    /// How many descriptors it carries.
+    const fn descriptors(&self) -> usize {
+        match self {
+            Self::Spawned(_) => 1,
+            Self::Network(_) => 2,
+            _ => 0,
         }
     }
 
@@ -223,6 +265,12 @@ impl Report {
             20 => Self::SpawnFailed { instance, errno: value, step: text()? },
             21 => Self::Exited { instance, end: End::decode(value, tail)? },
             22 => Self::Sockets { instance, errno: value },
+            28 => Self::Network(value.cast_unsigned()),
+            29 => {
+                let [e0, e1, e2, e3, ..] = id;
+                let errno = i32::from_le_bytes([e0, e1, e2, e3]);
+                Self::NetworkFailed { network: value.cast_unsigned(), errno, step: text()? }
+            }
             23 => Self::ExecSpawned(exec),
             24 => Self::ExecNotSpawned { exec, errno: value, step: text()? },
             25 => Self::ExecSignalled { exec, errno: value },
@@ -230,7 +278,7 @@ impl Report {
             27 => Self::ExecLost(exec),
             _ => return None,
         };
-        let expected = usize::from(matches!(report, Self::Spawned(_)));
+        let expected = report.descriptors();
         // One report has one form: what a kind has no use for is zero.
         (descriptors == expected && report.encode().as_bytes() == bytes).then_some(report)
     }
@@ -268,6 +316,12 @@ mod tests {
             (instance(), any::<i32>(), step).prop_map(|(instance, errno, step)| Report::SpawnFailed { instance, errno, step }),
             (instance(), end()).prop_map(|(instance, end)| Report::Exited { instance, end }),
             (instance(), any::<i32>()).prop_map(|(instance, errno)| Report::Sockets { instance, errno }),
+            any::<u32>().prop_map(Report::Network),
+            (any::<u32>(), any::<i32>(), step).prop_map(|(network, errno, step)| Report::NetworkFailed {
+                network,
+                errno,
+                step
+            }),
             exec().prop_map(Report::ExecSpawned),
             (exec(), any::<i32>(), step).prop_map(|(exec, errno, step)| Report::ExecNotSpawned { exec, errno, step }),
             (exec(), any::<i32>()).prop_map(|(exec, errno)| Report::ExecSignalled { exec, errno }),
@@ -279,32 +333,40 @@ mod tests {
     proptest! {
         #[test]
         fn reports_round_trip(report in report()) {
-            let fds = usize::from(matches!(report, Report::Spawned(_)));
+            let fds = report.descriptors();
             let datagram = report.encode();
             prop_assert_eq!(Report::decode(datagram.as_bytes(), fds), Some(report.clone()));
             prop_assert_eq!(Report::decode(datagram.as_bytes(), fds + 1), None);
         }
 
         #[test]
-        fn orders_round_trip(instance in instance(), exec in exec(), signal in any::<i32>(), born in any::<bool>()) {
+        fn orders_round_trip(
+            instance in instance(),
+            exec in exec(),
+            signal in any::<i32>(),
+            born in any::<bool>(),
+            network in 0_u32..1 << 30,
+        ) {
             for order in [
                 Order::SetUp,
-                Order::Spawn { instance, born },
+                Order::Spawn { instance, born, network },
                 Order::MoreSockets(instance),
                 Order::Exec { instance, born },
                 Order::SignalExec { exec, signal },
+                Order::MakeNetwork(network),
+                Order::DropNetwork(network),
             ] {
                 prop_assert_eq!(Order::decode(order.encode().as_bytes()), Some(order));
             }
         }
 
         #[test]
-        fn what_is_read_is_what_would_be_written(bytes in proptest::collection::vec(any::<u8>(), 0..160), kind in 15_u8..30) {
+        fn what_is_read_is_what_would_be_written(bytes in proptest::collection::vec(any::<u8>(), 0..160), kind in 15_u8..32) {
             let mut bytes = bytes;
             if let Some(first) = bytes.first_mut() {
                 *first = kind;
             }
-            for descriptors in 0..2 {
+            for descriptors in 0..3 {
                 if let Some(report) = Report::decode(&bytes, descriptors) {
                     let datagram = report.encode();
                     prop_assert_eq!(datagram.as_bytes(), &bytes[..]);

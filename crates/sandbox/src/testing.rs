@@ -135,3 +135,14 @@ pub(crate) fn refused<T>(result: Result<T, Errno>, errno: Errno, what: &'static 
 pub(crate) fn device_of(path: &CStr) -> Result<u64, Errno> {
     Ok(rustix::fs::stat(path)?.st_rdev)
 }
+
+/// Runs `body` in a thread with a network namespace of its own, which goes with the thread. Unlike in a child, it may allocate there.
+pub(crate) fn in_network<T: Send>(body: impl FnOnce() -> T + Send) -> T {
+    need_root();
+    let thread = move || {
+        // SAFETY: CLONE_NEWNET concerns this thread alone, and touches no memory or descriptor.
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.expect("a network namespace");
+        body()
+    };
+    std::thread::scope(|scope| scope.spawn(thread).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}

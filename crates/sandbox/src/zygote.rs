@@ -3,6 +3,8 @@
 //! ```text
 //! forked by the keeper ─ own descriptors only ─ waits for its id maps ─ root inside ─ minimal root ─ spare network ─ Ready
 //!   ┌► order: Spawn ─ clone3 into the spare network ─ Spawned + pidfd ─ new spare network
+//!   │                 or into one that was made ahead
+//!   │  order: MakeNetwork ─ new network for the keeper to connect ─ Network + handle and a socket in it
 //!   │  order: MoreSockets ─ into the instance's network, sockets, back ─ Sockets
 //!   │  order: Exec ─ a helper that makes a child inside the instance (`exec`) ─ ExecSpawned
 //!   └─ SIGCHLD ─ inits and commands reaped ─ Exited, ExecEnded
@@ -11,6 +13,7 @@
 //! Its root holds an empty directory for an instance's root, a whole `/proc` and `/sys` (an init may mount its own only where it sees a whole
 //! one), and the tree of `/dev`. Instances get copies of that mount namespace, so it is kept small.
 
+use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::AssertUnwindSafe;
 use std::ptr::NonNull;
@@ -23,11 +26,13 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
+use crate::cgroup::{self, ViewName};
 use crate::clone::{Cloned, clone3_into};
 use crate::fds::{self, Fds};
 use crate::init::{self, FULL, NO_STATUS, Prepared, RUNNING, Start};
 use crate::mount::{self, Tmpfs};
 use crate::orders::{DATAGRAM_BYTES, End, NAMESPACES, Order, Report};
+use crate::program::c_string;
 use crate::protocol::{ExecSpec, MESSAGE_BYTES_MAX, Request, RevisionSpec, SocketCounts, Streams};
 use crate::seccomp::{self, Filter};
 use crate::signals::{self, Reaped, SignalSet};
@@ -45,6 +50,8 @@ const OWN_NAMESPACES: i32 = libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLO
 const INIT_NAMESPACES: i32 = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC;
 /// The number at which a zygote's socket stands.
 const SOCKET: i32 = 3;
+/// Where its root has the views of what instances' control groups are made in, by their numbers.
+const VIEWS: &str = "/groups";
 /// Room of the zygote's root: it holds names only.
 const ROOT_BYTES: u64 = 64 << 10;
 
@@ -56,8 +63,12 @@ pub(crate) struct Plan<'a> {
     pub(crate) name: &'a str,
     /// The zygote's end of its pair.
     pub(crate) socket: BorrowedFd<'a>,
+    /// Host id that its user namespace belongs to: that of its own root.
+    pub(crate) owner: u32,
     /// The control group that it is born in, where it has one.
     pub(crate) group: Option<BorrowedFd<'a>>,
+    /// Where instances see their control groups; a view for each comes with the order to set up.
+    pub(crate) views: Vec<ViewName>,
 }
 
 /// A zygote as its parent sees it.
@@ -72,10 +83,14 @@ pub(crate) struct Forked {
 /// # Safety
 /// No other thread may run in this process.
 pub(crate) unsafe fn fork(plan: &Plan<'_>) -> Result<Forked, Errno> {
+    let owner = userns::Owner::assume(plan.owner)?;
     // SAFETY: the caller promises one thread; the child ends in `live`, which does not return.
-    match unsafe { clone3_into(OWN_NAMESPACES, plan.group) }? {
+    let cloned = unsafe { clone3_into(OWN_NAMESPACES, plan.group) };
+    match cloned? {
         Cloned::Parent { pid, pidfd } => Ok(Forked { pid, pidfd }),
         Cloned::Child => {
+            // Its ids are those of its own namespace from here on.
+            std::mem::forget(owner);
             // A panic must not unwind into the keeper's frames.
             let _ = std::panic::catch_unwind(AssertUnwindSafe(|| live(plan)));
             exit()
@@ -96,11 +111,11 @@ fn live(plan: &Plan<'_>) {
     // SAFETY: the line above put the socket there, nothing else owns the number, and the process lives no longer than this function.
     let socket = unsafe { BorrowedFd::borrow_raw(SOCKET) };
     let mut buffer = [0_u8; DATAGRAM_BYTES];
-    match fds::receive(socket, &mut buffer, RecvFlags::empty()) {
-        Ok(Some(received)) if Order::decode(&buffer[..received.bytes]) == Some(Order::SetUp) => {}
+    let views = match fds::receive(socket, &mut buffer, RecvFlags::empty()) {
+        Ok(Some(received)) if Order::decode(&buffer[..received.bytes]) == Some(Order::SetUp) => received.fds,
         _ => return,
-    }
-    let mut zygote = match Zygote::set_up(plan, socket) {
+    };
+    let mut zygote = match Zygote::set_up(plan, socket, views) {
         Ok(zygote) => zygote,
         Err(StepError { step, errno }) => {
             // Without a reader nobody wants to know.
@@ -170,6 +185,8 @@ struct Zygote<'a> {
     signals: OwnedFd,
     prepared: Prepared,
     streams: Streams,
+    /// How many views of control groups there are.
+    views: usize,
     sockets: SocketCounts,
     statuses: Statuses,
     instances: Vec<Instance>,
@@ -178,12 +195,14 @@ struct Zygote<'a> {
     execs: Vec<Exec>,
     /// Ends of children whose helper has not told their pid yet: pid and wait status.
     unclaimed: Vec<(i32, i32)>,
-    /// The network that the next instance gets, which this process is in; an error is tried again at the next start.
+    /// Networks that the keeper has connected, or is about to, by their numbers.
+    ahead: Vec<(u32, Network)>,
+    /// The network that the next instance gets where it needs none that leads out; an error is tried again at the next start.
     spare: Option<Network>,
 }
 
 impl<'a> Zygote<'a> {
-    fn set_up(plan: &Plan<'_>, socket: BorrowedFd<'a>) -> Result<Self, StepError> {
+    fn set_up(plan: &Plan<'_>, socket: BorrowedFd<'a>, views: Fds) -> Result<Self, StepError> {
         userns::become_root()?;
         // With all that are forked from here: nobody below opens their `/proc/PID/exe`, memory or descriptors.
         userns::not_dumpable()?;
@@ -193,10 +212,10 @@ impl<'a> Zygote<'a> {
         let signals = signals::descriptor(&children).map_err(at("make a signalfd"))?;
         // Before the mounts: a sysfs belongs to a network namespace, and may be mounted by who owns that.
         let spare = Some(new_network()?);
-        minimal_root()?;
+        minimal_root(&plan.views, views)?;
         let limit = rustix::fs::open("/proc/sys/user/max_user_namespaces", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
         limit.and_then(|file| rustix::io::write(file, b"0")).map_err(at("forbid nested user namespaces"))?;
-        let prepared = Prepared::new(plan.spec, Filter::compile(&seccomp::DEFAULT), plan.title);
+        let prepared = Prepared::new(plan.spec, &plan.views, Filter::compile(&seccomp::DEFAULT), plan.title);
         let statuses = Statuses::new(INSTANCES_MAX).map_err(at("map the shared page"))?;
         let pids = Statuses::new(EXECS_MAX).map_err(at("map the shared page"))?;
         // SAFETY: one thread, which reads neither arguments nor environment.
@@ -210,9 +229,11 @@ impl<'a> Zygote<'a> {
             signals,
             prepared,
             streams: plan.spec.streams,
+            views: plan.views.len(),
             sockets: plan.spec.sockets,
             statuses,
             instances: Vec::new(),
+            ahead: Vec::new(),
             pids,
             execs: Vec::new(),
             unclaimed: Vec::new(),
@@ -311,20 +332,27 @@ impl<'a> Zygote<'a> {
             Ok(None) | Err(_) => return Err(Errno::PIPE),
         };
         match Order::decode(&buffer[..received.bytes]) {
-            Some(Order::Spawn { instance, born }) => self.spawn(instance, born, received.fds),
+            Some(Order::Spawn { instance, born, network }) => self.spawn(instance, born, network, received.fds),
             Some(Order::MoreSockets(instance)) => self.more_sockets(instance, received.fds),
+            Some(Order::MakeNetwork(network)) => self.make_network(network),
+            Some(Order::DropNetwork(network)) => {
+                self.ahead.retain(|(number, _)| *number != network);
+                Ok(())
+            }
             Some(Order::Exec { instance, born }) => self.exec(instance, born, received.fds),
             Some(Order::SignalExec { exec, signal }) => self.signal_exec(exec, signal),
             Some(Order::SetUp) | None => Err(Errno::PROTO),
         }
     }
 
-    fn spawn(&mut self, id: InstanceId, born: bool, descriptors: Fds) -> Result<(), Errno> {
-        match self.try_spawn(id, born, descriptors) {
+    fn spawn(&mut self, id: InstanceId, born: bool, network: u32, descriptors: Fds) -> Result<(), Errno> {
+        match self.try_spawn(id, born, network, descriptors) {
             Ok(pidfd) => {
                 report(self.socket, &Report::Spawned(id), &[pidfd.as_fd()])?;
                 // The next start has its network ready. A failure is met again, and told, when one comes.
-                self.spare = new_network().ok();
+                if self.spare.is_none() {
+                    self.spare = new_network().ok();
+                }
                 Ok(())
             }
             Err(StepError { step, errno }) => report(
@@ -335,7 +363,39 @@ impl<'a> Zygote<'a> {
         }
     }
 
-    fn try_spawn(&mut self, id: InstanceId, born: bool, mut descriptors: Fds) -> Result<OwnedFd, StepError> {
+    /// A network for the keeper to connect.
+    fn make_network(&mut self, number: u32) -> Result<(), Errno> {
+        let made = new_network().and_then(|network| {
+            netns::without_ipv6()?;
+            Ok((netns::route_socket()?, network))
+        });
+        match made {
+            Ok((route, network)) => {
+                report(self.socket, &Report::Network(number), &[network.handle.as_fd(), route.as_fd()])?;
+                self.ahead.push((number, network));
+                Ok(())
+            }
+            Err(StepError { step, errno }) => {
+                let failed = Report::NetworkFailed { network: number, errno: errno.raw_os_error(), step: step.to_owned() };
+                report(self.socket, &failed, &[])
+            }
+        }
+    }
+
+    /// The network of the next instance, which this process is in afterwards.
+    fn network(&mut self, number: u32) -> Result<Network, StepError> {
+        let network = if number == 0 {
+            self.spare.take().map_or_else(new_network, Ok)?
+        } else {
+            let index = self.ahead.iter().position(|(ahead, _)| *ahead == number);
+            let absent = StepError { step: "find the network that was made ahead", errno: Errno::NOENT };
+            self.ahead.swap_remove(index.ok_or(absent)?).1
+        };
+        enter(&network).map_err(at("enter a network"))?;
+        Ok(network)
+    }
+
+    fn try_spawn(&mut self, id: InstanceId, born: bool, network: u32, mut descriptors: Fds) -> Result<OwnedFd, StepError> {
         let missing = || StepError { step: "take the descriptors of a start", errno: Errno::BADF };
         let mut taken = 0..;
         let mut next = || taken.next().and_then(|index| descriptors.take(index)).ok_or_else(missing);
@@ -346,20 +406,17 @@ impl<'a> Zygote<'a> {
             Streams::Terminal(_) => [None, None, None],
         };
         let group = if born { Some(next()?) } else { None };
-        let network = match self.spare.take() {
-            Some(network) => network,
-            None => new_network()?,
-        };
+        let network = self.network(network)?;
         let Some(place) = self.statuses.take() else {
-            self.spare = Some(network);
             return Err(StepError { step: "find a place for a wait status", errno: Errno::USERS });
         };
         let status = self.statuses.at(place);
+        let views: Vec<CString> = (0..self.views).map(|index| c_string(format!("{VIEWS}/{index}/{id}").as_bytes())).collect();
         let prepared = network.prepared;
         // SAFETY: this process has one thread, and the child ends in `init::run`, which does not return.
         match unsafe { clone3_into(INIT_NAMESPACES, group.as_ref().map(AsFd::as_fd)) } {
             Ok(Cloned::Child) => {
-                let start = Start { root, daemon, streams, doors: descriptors, status, network: prepared };
+                let start = Start { root, daemon, streams, views: &views, doors: descriptors, status, network: prepared };
                 // A panic must not unwind into the zygote's frames.
                 let _ = std::panic::catch_unwind(AssertUnwindSafe(|| init::run(&self.prepared, start)));
                 exit()
@@ -370,7 +427,6 @@ impl<'a> Zygote<'a> {
             }
             Err(errno) => {
                 self.statuses.give_back(place);
-                self.spare = Some(network);
                 Err(StepError { step: "clone an init", errno })
             }
         }
@@ -459,29 +515,23 @@ impl<'a> Zygote<'a> {
 
     fn more_sockets(&mut self, id: InstanceId, mut descriptors: Fds) -> Result<(), Errno> {
         let errno = match (self.instances.iter().find(|instance| instance.id == id), descriptors.take(0)) {
-            (Some(instance), Some(daemon)) => match self.send_sockets(instance, daemon.as_fd()) {
-                Ok(()) => 0,
-                Err(Abroad::Sockets(errno)) => errno.raw_os_error(),
-                // In an instance's network there is no going on: the next instance would be born into it.
-                Err(Abroad::Return(errno)) => return Err(errno),
-            },
+            (Some(instance), Some(daemon)) => {
+                self.send_sockets(instance, daemon.as_fd()).map_or_else(Errno::raw_os_error, |()| 0)
+            }
             _ => Errno::SRCH.raw_os_error(),
         };
         report(self.socket, &Report::Sockets { instance: id, errno }, &[])
     }
 
-    fn send_sockets(&self, instance: &Instance, daemon: BorrowedFd<'_>) -> Result<(), Abroad> {
-        let enter = |network: &Network| {
-            rustix::thread::move_into_link_name_space(network.handle.as_fd(), Some(LinkNameSpaceType::Network))
-        };
-        // Where there is no spare one this process is still in the last instance's.
-        let home = self.spare.as_ref().or_else(|| self.instances.last().map(|last| &last.network));
-        let Some(home) = home else { return Err(Abroad::Sockets(Errno::SRCH)) };
-        enter(&instance.network).map_err(Abroad::Sockets)?;
-        let sent = init::send_more_sockets(daemon, init::counts(self.sockets, instance.network.prepared));
-        enter(home).map_err(Abroad::Return)?;
-        sent.map_err(Abroad::Sockets)
+    fn send_sockets(&self, instance: &Instance, daemon: BorrowedFd<'_>) -> Result<(), Errno> {
+        // There is no way back: whoever needs a network enters it.
+        enter(&instance.network)?;
+        init::send_more_sockets(daemon, init::counts(self.sockets, instance.network.prepared))
     }
+}
+
+fn enter(network: &Network) -> Result<(), Errno> {
+    rustix::thread::move_into_link_name_space(network.handle.as_fd(), Some(LinkNameSpaceType::Network))
 }
 
 /// The request that a memory file holds, if it is one for a command in this instance.
@@ -501,14 +551,6 @@ fn read_exec(memory: BorrowedFd<'_>, wanted: InstanceId) -> Option<(ExecId, Box<
     }
 }
 
-/// What can go wrong in another network.
-enum Abroad {
-    /// Only the sockets.
-    Sockets(Errno),
-    /// The way back.
-    Return(Errno),
-}
-
 /// A new network namespace for this process, with `lo` as instances get it.
 fn new_network() -> Result<Network, StepError> {
     // SAFETY: CLONE_NEWNET concerns this process, which has one thread, and touches no memory or descriptor.
@@ -520,7 +562,7 @@ fn new_network() -> Result<Network, StepError> {
 }
 
 /// Builds the zygote's root on the place of the host's `/sys`, which every machine has, and moves into it.
-fn minimal_root() -> Result<(), StepError> {
+fn minimal_root(names: &[ViewName], mut views: Fds) -> Result<(), StepError> {
     mount::make_private()?;
     // While the host's whole ones are in sight.
     let (proc, sys) = (mount::procfs()?, mount::sysfs()?);
@@ -535,6 +577,16 @@ fn minimal_root() -> Result<(), StepError> {
     mount::attach(proc.as_fd(), mount::target(root.as_fd(), c"proc")?.as_fd())?;
     mount::attach(sys.as_fd(), mount::target(root.as_fd(), c"sys")?.as_fd())?;
     mount::device_tree(c"/dev", c"/sys/dev")?;
+    mount::target(root.as_fd(), c"groups")?;
+    for index in 0..names.len() {
+        let missing = StepError { step: "take a view of control groups", errno: Errno::BADF };
+        let place = mount::target(root.as_fd(), &c_string(format!("groups/{index}").as_bytes()))?;
+        mount::attach(views.take(index).ok_or(missing)?.as_fd(), place.as_fd())?;
+    }
+    if init::has_view_tree(names) {
+        let place = mount::target(root.as_fd(), c"cgroup")?;
+        cgroup::tree(place.as_fd(), names, views.take(names.len()).as_ref().map(AsFd::as_fd))?;
+    }
     mount::pivot(root.as_fd())
 }
 

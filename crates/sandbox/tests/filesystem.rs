@@ -212,3 +212,25 @@ fn a_user_opens_the_log_again() {
     client.exit_of(instance(2));
     assert_eq!(server.stop(client), Some(0));
 }
+
+#[test]
+fn an_instance_sees_its_own_limits_and_no_other_groups() {
+    let (mut server, mut client) = ready();
+    let script = "cd /sys/fs/cgroup; for file in memory/memory.limit_in_bytes memory.max; do cat $file 2>/dev/null && echo $file; done; \
+        cat /proc/self/cgroup; for file in memory/cgroup.procs cgroup.procs; do test -e $file && { echo 0 > $file || echo closed; }; done; \
+        ls -d */ 2>/dev/null; ls */*/ 2>/dev/null; grep cgroup /proc/self/mountinfo";
+    for number in 1..3 {
+        let output = run(&mut client, number, |_| {}, script);
+        assert!(output.starts_with("67108864\nmemory"), "{output}");
+        assert!(output.contains("closed") && output.contains("Read-only file system"), "{output}");
+        // All that is mounted there is the instance's own, at the root of what it sees.
+        for line in output.lines().filter(|line| line.contains(" - cgroup")) {
+            let fields: Vec<&str> = line.split(' ').collect();
+            assert_eq!((fields[3], &fields[5][..3]), ("/", "ro,"), "{line}");
+        }
+        assert!(!output.contains("funtainer"), "{output}");
+    }
+    assert_eq!(server.stop(client), Some(0));
+    let id = fs::read_to_string(server.data.join("id")).unwrap();
+    assert_eq!(harness::cgroups(&id), Vec::<std::path::PathBuf>::new());
+}

@@ -24,8 +24,8 @@ pub(crate) const DEMO: &[Tool] =
 /// For `image`.
 pub(crate) const IMAGE: &[Tool] = &[tool("/bin/busybox", "busybox-static")];
 
-/// For `image python`.
-pub(crate) const PYTHON_IMAGE: &[Tool] = &[tool("mmdebstrap", "mmdebstrap")];
+/// For `image` with one of Debian's packages.
+pub(crate) const DEBIAN_IMAGE: &[Tool] = &[tool("mmdebstrap", "mmdebstrap"), tool("/bin/busybox", "busybox-static")];
 
 /// For `test`.
 pub(crate) const TEST: &[Tool] = &[
@@ -37,6 +37,9 @@ pub(crate) const TEST: &[Tool] = &[
     tool("fsck.erofs", "erofs-utils"),
     tool("setfattr", "attr"),
     tool("unshare", "util-linux"),
+    tool("ip", "iproute2"),
+    tool("nft", "nftables"),
+    tool("iptables", "iptables"),
     tool("runc", "runc"),
     tool("nginx", "nginx-light"),
     tool("wrk", "wrk"),

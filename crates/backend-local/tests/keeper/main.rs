@@ -14,7 +14,8 @@ use std::process::{Child, Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use funtainer_sandbox::keeper::{self, KeeperSettings};
+use funtainer_sandbox::keeper::{self, KeeperSettings, NetworkSettings};
+use funtainer_sandbox::mount::Features;
 
 /// Everything together takes about three seconds.
 const DEADLINE: Duration = Duration::from_mins(2);
@@ -38,11 +39,13 @@ fn main() -> ExitCode {
 
 fn run_keeper(directory: &Path) -> Result<()> {
     let settings = KeeperSettings {
-        listen: "127.0.0.1:0".parse()?,
+        listen: Some("127.0.0.1:0".parse()?),
+        // The tests leave the machine's network alone.
+        network: NetworkSettings::default(),
+        mounts: Features::NEWEST,
         admin: directory.join("admin.sock"),
         data: directory.join("data"),
         daemon: ["keeper-test", "daemon"].map(Into::into).to_vec(),
-        mounts: funtainer_sandbox::mount::Features::NEWEST,
         announce: |_| {},
         log: |line| eprintln!("keeper: {line}"),
     };

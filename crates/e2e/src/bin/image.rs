@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
-use funtainer_e2e::image::catalog;
+use funtainer_e2e::image::{catalog, debian, popular};
 use funtainer_e2e::{paths, process};
 
 /// Write an example as an OCI image layout directory.
@@ -30,6 +30,27 @@ enum Example {
     Python,
     /// A shell script on busybox, for contract stdio.
     Upper,
+    /// nginx of Debian, as the official image has it.
+    Nginx,
+    /// Apache of Debian.
+    Apache,
+    /// Redis of Debian, with a volume.
+    Redis,
+    /// PostgreSQL of Debian, which makes its database at the start, in a volume.
+    Postgres,
+    /// A server of one class on OpenJDK.
+    Jvm,
+    /// A server of one script on Node.
+    Node,
+    /// A command on Python and numpy, for contract stdio.
+    Numpy,
+    /// Debian's `su`, and a program with a file capability.
+    Privileged,
+    /// Only the layers of Debian's packages that the last eight share; no image is written.
+    Layers,
+    /// The server of the tests, which is no example.
+    #[value(hide = true)]
+    Probe,
 }
 
 fn main() -> ExitCode {
@@ -42,6 +63,16 @@ fn write() -> Result<()> {
         Example::Hello => ("hello", catalog::hello()?),
         Example::Python => ("python", catalog::python()?),
         Example::Upper => ("upper", catalog::upper()?),
+        Example::Nginx => ("nginx", popular::nginx()?),
+        Example::Apache => ("apache", popular::apache()?),
+        Example::Redis => ("redis", popular::redis()?),
+        Example::Postgres => ("postgres", popular::postgres()?),
+        Example::Jvm => ("jvm", popular::jvm()?),
+        Example::Node => ("node", popular::node()?),
+        Example::Numpy => ("numpy", popular::numpy()?),
+        Example::Privileged => ("privileged", popular::privileged()?),
+        Example::Layers => return debian::prepare(),
+        Example::Probe => ("probe", catalog::probe(&[], &[])?),
     };
     let directory = directory.unwrap_or_else(|| paths::repository().join("target/images").join(name));
     if directory.exists() {

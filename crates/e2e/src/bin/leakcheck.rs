@@ -65,7 +65,7 @@ fn check() -> Result<ExitCode> {
             let before = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
             let before: Snapshot =
                 serde_json::from_slice(&before).with_context(|| format!("{} is no snapshot", file.display()))?;
-            let leaks = Subject { scope: None, data, admin, ports, killed }.leaks(&before)?;
+            let leaks = Subject { scope: None, data, admin, ports, own_network: false, killed }.leaks(&before)?;
             for leak in &leaks {
                 println!("{leak}");
             }

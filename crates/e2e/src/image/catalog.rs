@@ -16,10 +16,10 @@ const PYTHON_PACKAGES: &str = "python3-minimal,libpython3.11-stdlib,ca-certifica
 /// Its name in the cache.
 const PYTHON_ROOT: &str = "debian-12-python-1";
 /// Applets that the busybox images have as commands.
-const APPLETS: [&str; 32] = [
+const APPLETS: [&str; 33] = [
     "sh", "cat", "chroot", "dd", "echo", "env", "grep", "head", "hostname", "id", "kill", "ln", "ls", "mkdir", "mknod",
-    "mount", "nc", "ping", "ps", "pwd", "readlink", "rm", "sed", "sleep", "stat", "tail", "touch", "tr", "true", "umount",
-    "unshare", "wc",
+    "mount", "nc", "nslookup", "ping", "ps", "pwd", "readlink", "rm", "sed", "sleep", "stat", "tail", "touch", "tr", "true",
+    "umount", "unshare", "wc",
 ];
 
 /// `examples/hello`: a static server on an empty file system.

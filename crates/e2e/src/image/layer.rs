@@ -111,6 +111,19 @@ impl Tree {
         Ok(self)
     }
 
+    /// A program with capabilities: those whose numbers are the bits of `capabilities` become permitted and effective (capabilities(7)).
+    pub fn capable_file(mut self, path: &str, content: &[u8], capabilities: u64) -> Result<Self> {
+        // struct vfs_cap_data: VFS_CAP_REVISION_2 with the flag "effective", then permitted and inheritable, lower halves first.
+        let fields = [0x0200_0001, capabilities as u32, 0, (capabilities >> 32) as u32, 0];
+        let value: Vec<u8> = fields.iter().flat_map(|field: &u32| field.to_le_bytes()).collect();
+        let record = [b"SCHILY.xattr.security.capability=", &value[..], b"\n"].concat();
+        // A record begins with its length in decimal, itself and a space included: two digits here.
+        let record = [format!("{} ", record.len() + 3).as_bytes(), &record].concat();
+        let extended = header(EntryType::XHeader, 0o644, record.len());
+        self.append(extended, &format!("{path}.pax"), &record)?;
+        self.file(path, 0o755, content)
+    }
+
     /// A symbolic link.
     pub fn symlink(mut self, path: &str, target: &str) -> Result<Self> {
         let mut header = header(EntryType::Symlink, 0o777, 0);
@@ -130,6 +143,22 @@ impl Tree {
         let mut header = header(EntryType::Block, mode, 0);
         header.set_device_major(major)?;
         header.set_device_minor(minor)?;
+        self.append(header, path, &[])?;
+        Ok(self)
+    }
+
+    /// A file with its content and an extended attribute, such as `security.capability`.
+    pub fn file_with_xattr(mut self, path: &str, mode: u32, content: &[u8], xattr: (&str, &[u8])) -> Result<Self> {
+        let key = format!("SCHILY.xattr.{}", xattr.0);
+        self.archive.append_pax_extensions([(key.as_str(), xattr.1)])?;
+        self.file(path, mode, content)
+    }
+
+    /// A directory that belongs to a user; parents must be given before.
+    pub fn directory_of(mut self, path: &str, mode: u32, uid: u64, gid: u64) -> Result<Self> {
+        let mut header = header(EntryType::Directory, mode, 0);
+        header.set_uid(uid);
+        header.set_gid(gid);
         self.append(header, path, &[])?;
         Ok(self)
     }

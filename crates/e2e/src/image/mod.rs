@@ -4,7 +4,9 @@
 //! content has the same digests on every machine.
 
 pub mod catalog;
+pub mod debian;
 mod layer;
+pub mod popular;
 pub mod program;
 
 use std::fs;
@@ -36,6 +38,8 @@ pub struct Config {
     pub working_dir: String,
     /// Such as `SIGINT`.
     pub stop_signal: String,
+    /// Paths of VOLUME.
+    pub volumes: Vec<String>,
 }
 
 /// An image as an OCI layout directory, tagged `latest` in its index.
@@ -138,6 +142,7 @@ impl Image {
 
 fn configuration(layers: &[Layer], config: &Config) -> Value {
     let exposed: serde_json::Map<_, _> = config.exposed.iter().map(|port| (format!("{port}/tcp"), json!({}))).collect();
+    let volumes: serde_json::Map<_, _> = config.volumes.iter().map(|path| (path.clone(), json!({}))).collect();
     let mut process = serde_json::Map::new();
     let mut set = |name: &str, empty: bool, value: Value| {
         if !empty {
@@ -150,6 +155,7 @@ fn configuration(layers: &[Layer], config: &Config) -> Value {
     set("ExposedPorts", exposed.is_empty(), json!(exposed));
     set("User", config.user.is_empty(), json!(config.user));
     set("WorkingDir", config.working_dir.is_empty(), json!(config.working_dir));
+    set("Volumes", volumes.is_empty(), json!(volumes));
     set("StopSignal", config.stop_signal.is_empty(), json!(config.stop_signal));
     let history: Vec<_> =
         layers.iter().map(|_| json!({"created": "1970-01-01T00:00:00Z", "created_by": "funtainer-e2e"})).collect();

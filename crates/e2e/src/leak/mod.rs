@@ -4,11 +4,12 @@
 //! Snapshot::take ──► the test runs, the server stops ──► Subject::leaks(before) ──► must be empty
 //! ```
 //!
-//! Checked are processes, mounts, network namespaces, control groups named `funtainer-*`, loop devices, listening ports, and files in the data
-//! directory and at the admin socket that a stopped server has no use for. On a machine for itself (without a [`Subject::scope`]) everything new counts.
+//! Checked are processes, mounts, network namespaces, control groups named `funtainer-*`, loop devices, listening ports, the host's network (interfaces,
+//! routes, the packet filter, forwarding), and files in the data directory and at the admin socket that a stopped server has no use for. On a machine for itself (without a [`Subject::scope`]) everything new counts.
 //! Beside other tests (with one) that counts which belongs to the test: by its [`Scope`], its data directory, or the id of that.
 //! The `leakcheck` program does the same for people.
 
+mod network;
 pub mod parse;
 mod scope;
 
@@ -23,6 +24,8 @@ use serde::{Deserialize, Serialize};
 
 use parse::{Process, if_there};
 pub use scope::Scope;
+
+use crate::wait;
 
 /// How long what belongs to an ended server may take to go: the kernel tears namespaces down by itself, later.
 pub const SETTLE_LIMIT: Duration = Duration::from_secs(1);
@@ -56,6 +59,8 @@ pub enum Kind {
     LoopDevice,
     /// A port on which somebody listens.
     Listener,
+    /// An interface, a route, a rule or a setting of the host's network.
+    HostNetwork,
     /// A file or socket.
     File,
 }
@@ -69,6 +74,8 @@ pub struct Snapshot {
     cgroups: BTreeSet<PathBuf>,
     loop_devices: BTreeMap<String, String>,
     ports: BTreeSet<u16>,
+    #[serde(default)]
+    network: BTreeSet<String>,
 }
 
 /// Whose leaks are looked for.
@@ -82,6 +89,8 @@ pub struct Subject<'a> {
     pub admin: Vec<PathBuf>,
     /// Ports on which they listened.
     pub ports: Vec<u16>,
+    /// Whether the network namespace of the calling thread is the subject's alone: then all that is new in it counts.
+    pub own_network: bool,
     /// Whether files count: after a `kill -9` some can remain, until the next start sweeps them.
     pub killed: bool,
 }
@@ -96,6 +105,7 @@ impl Snapshot {
             cgroups: parse::product_cgroups()?,
             loop_devices: parse::loop_devices()?,
             ports: parse::listening_ports()?,
+            network: network::state()?,
         })
     }
 }
@@ -108,7 +118,7 @@ impl Subject<'_> {
 
     /// The same with another time to settle.
     pub fn leaks_after(&self, before: &Snapshot, settle: Duration) -> Result<Vec<Leak>> {
-        let start = Instant::now();
+        let (start, settle) = (Instant::now(), wait::patient(settle));
         loop {
             let leaks = self.leaks_now(before)?;
             if leaks.is_empty() || start.elapsed() >= settle {
@@ -116,6 +126,13 @@ impl Subject<'_> {
             }
             std::thread::park_timeout(Duration::from_millis(10));
         }
+    }
+
+    /// The ids of the processes of the subject: those in the fence, and where the product's own control groups lie out of it, those in them.
+    /// Without a fence none.
+    pub fn members(&self) -> Result<BTreeSet<i32>> {
+        let Some(scope) = self.scope else { return Ok(BTreeSet::new()) };
+        Ok(&scope.members()? | &scope::members_of(&parse::product_cgroups()?, &self.cgroup_names()?)?)
     }
 
     fn leaks_now(&self, before: &Snapshot) -> Result<Vec<Leak>> {
@@ -153,6 +170,12 @@ impl Subject<'_> {
         }
         for port in self.ports.iter().filter(|port| now.ports.contains(port) && !before.ports.contains(port)) {
             found.add(Kind::Listener, format!("port {port}"));
+        }
+        if self.scope.is_none() || self.own_network {
+            for part in now.network.symmetric_difference(&before.network) {
+                let gone = if now.network.contains(part) { "" } else { "gone: " };
+                found.add(Kind::HostNetwork, format!("{gone}{part}"));
+            }
         }
         if !self.killed {
             self.files(&mut found)?;
@@ -228,6 +251,7 @@ impl fmt::Display for Leak {
             Kind::Cgroup => "control group",
             Kind::LoopDevice => "loop device",
             Kind::Listener => "listener",
+            Kind::HostNetwork => "host network",
             Kind::File => "file",
         };
         write!(f, "{kind}: {}", self.what)

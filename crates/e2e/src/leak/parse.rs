@@ -146,10 +146,10 @@ pub fn loop_devices() -> Result<BTreeMap<String, String>> {
     Ok(all)
 }
 
-/// Ports on which somebody in the host's network namespace listens by TCP.
+/// Ports on which somebody in the network namespace of the calling thread listens by TCP.
 pub fn listening_ports() -> Result<BTreeSet<u16>> {
     let mut ports = BTreeSet::new();
-    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+    for table in ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"] {
         let text = if_there(fs::read_to_string(table))?.unwrap_or_default();
         for line in text.lines().skip(1) {
             let fields: Vec<_> = line.split_ascii_whitespace().collect();

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use funtainer_contract::{Call, CallBody, Exit, InvokeError};
-use funtainer_engine::InvokeFailure;
+use funtainer_engine::{CommandStreams, Errors, InvokeFailure};
 use funtainer_model::{CallId, ErrorCode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
@@ -244,12 +244,13 @@ async fn a_failing_start_of_a_command_gives_its_slot_back() {
 async fn run_gives_the_streams_and_leaves_nothing() {
     let bench = Bench::new().await;
     let (progress, _steps) = mpsc::channel(16);
-    let mut run = bench.engine.run(stdio("any"), progress).await.unwrap();
-    run.stdin.take().unwrap().write_all(b"ping").await.unwrap();
+    let mut run = bench.engine.run(stdio("any"), None, progress).await.unwrap();
+    let CommandStreams::Pipes { stdin, stdout, stderr: Errors::Log(stderr) } = &mut run.streams else { panic!("pipes") };
+    stdin.take().unwrap().write_all(b"ping").await.unwrap();
     let mut answer = String::new();
-    run.stdout.take().unwrap().read_to_string(&mut answer).await.unwrap();
+    stdout.take().unwrap().read_to_string(&mut answer).await.unwrap();
     assert_eq!(answer, "ping");
-    assert_eq!(run.stderr.recv().await.unwrap(), "a word on stderr");
+    assert_eq!(stderr.recv().await.unwrap(), "a word on stderr");
     let report = run.exit.wait_for(Option::is_some).await.unwrap().clone().unwrap();
     assert_eq!(report.exit, Exit::Code(0));
     drop(run);
@@ -261,7 +262,7 @@ async fn run_gives_the_streams_and_leaves_nothing() {
 async fn a_run_ends_with_its_handle() {
     let bench = Bench::new().await;
     let (progress, _steps) = mpsc::channel(16);
-    let run = bench.engine.run(stdio("any"), progress).await.unwrap();
+    let run = bench.engine.run(stdio("any"), None, progress).await.unwrap();
     bench.fake.wait_alive(1).await;
     drop(run);
     bench.fake.wait_alive(0).await;
@@ -274,7 +275,7 @@ fn calls_can_move_between_threads() {
     let make = |engine: &'static funtainer_engine::Engine| {
         check(&engine.invoke("f", get("/")));
         check(&engine.deploy(http("f"), mpsc::channel(1).0));
-        check(&engine.run(stdio("f"), mpsc::channel(1).0));
+        check(&engine.run(stdio("f"), None, mpsc::channel(1).0));
         check(&engine.drain(seconds(1)));
     };
     let _ = make;

@@ -10,9 +10,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use funtainer_contract::{BoxFuture, Connect, Exit, ExitReport, FileKind, FileStat, ImageFiles, StandardStreams, StartPhases};
 use funtainer_engine::backend::{
-    Access, Backend, ImageSummary, Left, Prepared, ProgressSink, Resolve, RevisionStart, Start, Started,
+    Access, Backend, Exec, ExecStarted, ExecStreams, ImageSummary, Left, Prepared, ProgressSink, Resolve, RevisionStart,
+    SignalTarget, Start, Started,
 };
-use funtainer_model::{Digest, ErrorCode, Failure, FunctionId, ImageConfig, ImageRef, InstanceId, RevisionId};
+use funtainer_model::{
+    Digest, ErrorCode, ExecId, Failure, FunctionId, ImageConfig, ImageRef, InstanceId, RevisionId, StopSignal,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::net::{TcpListener, TcpStream};
@@ -37,9 +40,16 @@ pub(crate) struct Fake {
     pub(crate) alive_max: AtomicUsize,
     /// Answers of calls to `/hold` wait for this.
     pub(crate) release: Arc<Notify>,
+    /// Commands in instances that run: where, and their ends.
+    pub(crate) execs: Mutex<BTreeMap<ExecId, (InstanceId, End)>>,
+    /// Signals that were sent, but those that end something.
+    pub(crate) signals: Mutex<Vec<(SignalTarget, u8)>>,
     /// Calls that have arrived at an instance.
     pub(crate) arrived: Arc<watch::Sender<usize>>,
 }
+
+/// By which the end of something is told.
+pub(crate) type End = watch::Sender<Option<ExitReport>>;
 
 pub(crate) struct Alive {
     pub(crate) revision: Arc<RevisionStart>,
@@ -150,6 +160,7 @@ impl Fake {
                 let task = tokio::spawn(server.serve(listener)).abort_handle();
                 (Access::Network(Arc::new(Dial(address))), Some(address), task)
             }
+            StandardStreams::Terminal(_) => return Err(Failure::new(ErrorCode::Internal, "the fake has no terminals")),
             StandardStreams::Call => {
                 let (stdin_read, stdin) = io::pipe().unwrap();
                 let (stdout, stdout_write) = io::pipe().unwrap();
@@ -194,6 +205,39 @@ impl Backend for Fake {
         Box::pin(async move {
             self.stops.fetch_add(1, Ordering::SeqCst);
             self.kill(instance, Exit::Signal(15)).await;
+        })
+    }
+
+    fn exec(&self, exec: Exec) -> BoxFuture<'_, Result<ExecStarted, Failure>> {
+        Box::pin(async move {
+            if !self.instances().contains(&exec.instance) {
+                return Err(Failure::new(ErrorCode::NotRunning, "the fake has no such instance"));
+            }
+            let (stdin_read, stdin) = io::pipe().unwrap();
+            let (stdout, stdout_write) = io::pipe().unwrap();
+            let (stderr, _) = io::pipe().unwrap();
+            let (end, exit) = watch::channel(None);
+            self.execs.lock().unwrap().insert(exec.id, (exec.instance, end.clone()));
+            let from = pipe::Receiver::from_owned_fd(stdin_read.into()).unwrap();
+            let to = pipe::Sender::from_owned_fd(stdout_write.into()).unwrap();
+            let command = Command { release: self.release.clone(), arrived: self.arrived.clone(), exit: end };
+            tokio::spawn(command.copy(from, to));
+            let streams = ExecStreams::Pipes { stdin: stdin.into(), stdout: stdout.into(), stderr: stderr.into() };
+            Ok(ExecStarted { streams, exit })
+        })
+    }
+
+    fn signal(&self, target: SignalTarget, signal: StopSignal) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            match target {
+                SignalTarget::Exec(exec) if signal.number() == 9 => {
+                    let end = self.execs.lock().unwrap().remove(&exec);
+                    if let Some((_, end)) = end {
+                        end.send_replace(Some(report(Exit::Signal(9))));
+                    }
+                }
+                target => self.signals.lock().unwrap().push((target, signal.number())),
+            }
         })
     }
 

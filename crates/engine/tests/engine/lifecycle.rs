@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use funtainer_contract::Exit;
-use funtainer_engine::InvokeFailure;
+use funtainer_engine::{CommandStreams, InvokeFailure};
 use funtainer_model::{Digest, ErrorCode, InstanceId};
 use tokio::sync::mpsc;
 
@@ -241,11 +241,12 @@ async fn a_drain_has_an_end() {
 async fn a_run_has_the_time_of_a_drain_to_finish() {
     let bench = Bench::new().await;
     let (progress, _steps) = mpsc::channel(16);
-    let mut run = bench.engine.run(stdio("any"), progress).await.unwrap();
+    let mut run = bench.engine.run(stdio("any"), None, progress).await.unwrap();
     let engine = bench.engine.clone();
     let drain = tokio::spawn(async move { engine.drain(seconds(10)).await });
     tokio::task::yield_now().await;
-    drop(run.stdin.take());
+    let CommandStreams::Pipes { stdin, .. } = &mut run.streams else { panic!("pipes") };
+    drop(stdin.take());
     let report = run.exit.wait_for(Option::is_some).await.unwrap().clone().unwrap();
     assert_eq!(report.exit, Exit::Code(0));
     drop(run);

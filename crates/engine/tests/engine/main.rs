@@ -1,6 +1,7 @@
 //! The engine at its doors: a fake backend, paused time, real bodies and connections.
 
 mod calls;
+mod exec;
 mod fake;
 mod lifecycle;
 mod scaling;

@@ -12,6 +12,7 @@
 //! | `GET /images` | list of [`Image`] |
 //! | `POST /images/pull` with [`PullRequest`] | [`Pulled`] |
 //! | `POST /images/import?name=REF` with a tar of an OCI layout | [`Imported`] |
+//! | `POST /functions/NAME/exec` with [`ExecRequest`], upgraded | see [`exec`](super::exec) |
 //! | `POST /run` with [`RunRequest`], upgraded | see [`run`](super::run) |
 //!
 //! NAME is a slug or a canonical name, percent-encoded. Deploy, pull and import answer with a stream of [`Event`]s, one JSON a line,
@@ -50,8 +51,8 @@ use crate::server::Stopping;
 use types::image_ref;
 
 pub use types::{
-    API_VERSION, ContainerSettings, DeployRequest, Event, Function, FunctionSettings, Image, ImportQuery, Imported, Instance,
-    LogsQuery, PullRequest, Pulled, RunRequest, ScaleRequest, Version,
+    API_VERSION, ContainerSettings, DeployRequest, Event, ExecRequest, Function, FunctionSettings, Image, ImportQuery,
+    Imported, Instance, LogsQuery, PullRequest, Pulled, RunRequest, ScaleRequest, Version,
 };
 
 /// Media type of a stream of [`Event`]s.
@@ -80,6 +81,7 @@ pub(super) fn router(engine: Arc<Engine>, calls: Option<SocketAddr>, stopping: S
         .route("/functions/{name}", get(describe).delete(remove))
         .route("/functions/{name}/scale", post(scale))
         .route("/functions/{name}/logs", get(logs))
+        .route("/functions/{name}/exec", post(super::exec::exec))
         .route("/images", get(images))
         .route("/images/pull", post(pull))
         .route("/images/import", post(import))
@@ -192,7 +194,7 @@ async fn method_not_allowed(method: Method, uri: Uri) -> Answer {
 }
 
 /// The function's name in the path, decoded.
-struct Name(String);
+pub(super) struct Name(pub(super) String);
 
 impl<S: Send + Sync> FromRequestParts<S> for Name {
     type Rejection = Failed;

@@ -1,17 +1,19 @@
 //! One connection, from its first byte to its close.
 
 use std::convert::Infallible;
-use std::future::{Future, poll_fn};
+use std::future::{Future, pending, poll_fn};
+use std::io;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::Waker;
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use funtainer_model::{ErrorCode, Failure};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::watch;
 
 use super::wire::{Wire, WireState};
@@ -29,9 +31,70 @@ const LINGER_BYTES_MAX: u64 = 64 * 1024 * 1024;
 const LINGER_AT_STOP: Duration = Duration::from_secs(1);
 
 /// A stream that a connection can be on.
-pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {
+    /// Takes it apart for what follows an answer `101 Switching Protocols`.
+    fn tunnel(self, early: Bytes) -> TunnelStream;
+}
 
-impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for S {}
+impl Stream for TcpStream {
+    fn tunnel(self, early: Bytes) -> TunnelStream {
+        let (reader, writer) = tokio::io::split(self);
+        // Nothing is tunnelled to callers.
+        TunnelStream { early, reader: Box::new(reader), writer: Box::new(writer), gone: Box::pin(pending()) }
+    }
+}
+
+impl Stream for UnixStream {
+    fn tunnel(self, early: Bytes) -> TunnelStream {
+        let stream = Arc::new(self);
+        let watched = Arc::clone(&stream);
+        let gone = async move {
+            // What is out of band is no part of any protocol here, so that this is the end of what comes.
+            let _ = watched.ready(Interest::PRIORITY).await;
+        };
+        let (reader, writer) = (Box::new(Half(Arc::clone(&stream))), Box::new(Half(stream)));
+        TunnelStream { early, reader, writer, gone: Box::pin(gone) }
+    }
+}
+
+/// One direction of a Unix socket that is used in both.
+struct Half(Arc<UnixStream>);
+
+impl AsyncRead for Half {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            ready!(self.0.poll_read_ready(cx))?;
+            match self.0.try_read(buffer.initialize_unfilled()) {
+                Ok(read) => {
+                    buffer.advance(read);
+                    return Poll::Ready(Ok(()));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+}
+
+impl AsyncWrite for Half {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(self.0.poll_write_ready(cx))?;
+            match self.0.try_write(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                written => return Poll::Ready(written),
+            }
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(rustix::net::shutdown(&*self.0, rustix::net::Shutdown::Write).map_err(Into::into))
+    }
+}
 
 /// What follows on a connection after an answer `101 Switching Protocols`.
 pub(crate) type Tunnel = Box<dyn FnOnce(TunnelStream) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
@@ -44,6 +107,8 @@ pub(crate) struct TunnelStream {
     pub(crate) reader: Box<dyn AsyncRead + Send + Unpin>,
     /// The way back.
     pub(crate) writer: Box<dyn AsyncWrite + Send + Unpin>,
+    /// Becomes ready when the client closes its end, also while nothing is read.
+    pub(crate) gone: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
 /// Where a handler that answers 101 leaves what follows. An extension of each request.
@@ -114,8 +179,7 @@ pub(super) async fn serve<S: Stream>(
     match end {
         Ok(()) => {
             if let Some(tunnel) = slot.take() {
-                let (reader, writer) = tokio::io::split(stream);
-                tunnel(TunnelStream { early: parts.read_buf, reader: Box::new(reader), writer: Box::new(writer) }).await;
+                tunnel(stream.tunnel(parts.read_buf)).await;
                 return;
             }
         }

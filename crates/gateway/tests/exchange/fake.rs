@@ -1,17 +1,23 @@
 //! A backend without containers: an `http` instance is a thread-less server in this process, a `stdio` one a pair of pipes.
 
-use std::io;
+use std::collections::HashMap;
+use std::io::{self, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::num::NonZeroU16;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use funtainer_contract::{BoxFuture, Connect, Exit, ExitReport, FileKind, FileStat, ImageFiles, StandardStreams, StartPhases};
 use funtainer_engine::backend::{
-    Access, Backend, ImageSummary, Left, Prepared, Progress, ProgressSink, Resolve, Start, Started,
+    Access, Backend, Exec, ExecStarted, ExecStreams, ImageSummary, Left, Prepared, Progress, ProgressSink, Resolve,
+    SignalTarget, Start, Started,
 };
-use funtainer_model::{Digest, ErrorCode, Failure, FunctionId, ImageConfig, ImageRef, InstanceId, RevisionId};
+use funtainer_model::{
+    Digest, ErrorCode, ExecId, Failure, FunctionId, ImageConfig, ImageRef, InstanceId, RevisionId, StopSignal,
+};
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{Winsize, tcgetwinsize, tcsetwinsize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
@@ -19,7 +25,17 @@ use tokio::sync::{mpsc, watch};
 pub(crate) const DIGEST: Digest = Digest::from_sha256([0xab; 32]);
 
 /// Images are named by what they do: `echo` answers with the head it got, `silent` never answers, `missing` does not exist.
-pub(crate) struct FakeBackend;
+/// Commands in instances: `cat` copies its input, `deaf` never reads and ends when it is killed, `line` has a terminal, reads a line from it
+/// and writes it back with the size that the terminal has then.
+#[derive(Default)]
+pub(crate) struct FakeBackend {
+    /// Commands in instances that have not ended.
+    pub(crate) execs: Arc<Mutex<HashMap<ExecId, End>>>,
+    /// Signals but KILL.
+    pub(crate) signals: Mutex<Vec<u8>>,
+}
+
+type End = watch::Sender<Option<ExitReport>>;
 
 impl Backend for FakeBackend {
     fn prepare<'a>(
@@ -66,6 +82,60 @@ impl Backend for FakeBackend {
 
     fn stop(&self, _instance: InstanceId, _grace: Duration) -> BoxFuture<'_, ()> {
         Box::pin(async {})
+    }
+
+    fn exec(&self, exec: Exec) -> BoxFuture<'_, Result<ExecStarted, Failure>> {
+        Box::pin(async move {
+            let (end, exit) = watch::channel(None);
+            self.execs.lock().unwrap().insert(exec.id, end);
+            let (execs, id) = (Arc::clone(&self.execs), exec.id);
+            let ended = move |code| {
+                let end = execs.lock().unwrap().remove(&id);
+                end.unwrap().send_replace(Some(report(Exit::Code(code))));
+            };
+            let program = exec.request.command[0].as_str();
+            if program == "line" {
+                let size = exec.request.terminal.unwrap();
+                let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
+                unlockpt(&master).unwrap();
+                let slave = ioctl_tiocgptpeer(&master, OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+                let size = Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
+                tcsetwinsize(&slave, size).unwrap();
+                std::thread::spawn(move || line(slave.into(), ended));
+                return Ok(ExecStarted { streams: ExecStreams::Terminal(master), exit });
+            }
+            let (stdin_read, stdin) = io::pipe().unwrap();
+            let (stdout, stdout_write) = io::pipe().unwrap();
+            let (stderr, stderr_write) = io::pipe().unwrap();
+            if program == "cat" {
+                std::thread::spawn(move || {
+                    let (mut stdin, mut stdout, mut stderr) = (stdin_read, stdout_write, stderr_write);
+                    io::copy(&mut stdin, &mut stdout).unwrap();
+                    stderr.write_all(b"done").unwrap();
+                    drop((stdout, stderr));
+                    ended(0);
+                });
+            } else {
+                // The ends stay open for as long as the test's runtime.
+                std::mem::forget((stdin_read, stdout_write, stderr_write));
+            }
+            let streams = ExecStreams::Pipes { stdin: stdin.into(), stdout: stdout.into(), stderr: stderr.into() };
+            Ok(ExecStarted { streams, exit })
+        })
+    }
+
+    fn signal(&self, target: SignalTarget, signal: StopSignal) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            match target {
+                SignalTarget::Exec(exec) if signal.number() == 9 => {
+                    let end = self.execs.lock().unwrap().remove(&exec);
+                    if let Some(end) = end {
+                        end.send_replace(Some(report(Exit::Signal(9))));
+                    }
+                }
+                _ => self.signals.lock().unwrap().push(signal.number()),
+            }
+        })
     }
 
     fn retire(&self, _revision: RevisionId) -> BoxFuture<'_, ()> {
@@ -189,6 +259,21 @@ async fn server(program: String, mut stream: TcpStream) {
             return;
         }
     }
+}
+
+fn report(exit: Exit) -> ExitReport {
+    ExitReport { exit, out_of_memory: false, writable_full: false, memory_peak: None, cpu_us: None, stderr_tail: Bytes::new() }
+}
+
+/// Reads a line from a terminal and writes it back with the terminal's size.
+fn line(mut slave: std::fs::File, ended: impl FnOnce(u8)) {
+    let mut line = [0; 100];
+    let read = slave.read(&mut line).unwrap();
+    let size = tcgetwinsize(&slave).unwrap();
+    let text = String::from_utf8_lossy(&line[..read]).trim_end().to_owned();
+    write!(slave, "{text} {} {}", size.ws_row, size.ws_col).unwrap();
+    drop(slave);
+    ended(0);
 }
 
 /// `cat` copies its input, `fail` ends with 3.

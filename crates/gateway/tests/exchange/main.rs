@@ -1,6 +1,7 @@
 //! Whole exchanges through the doors of a running gateway: its listeners, a real engine, and a backend that is a fake.
 
 mod calls;
+mod exec;
 mod fake;
 mod hostile;
 mod native;
@@ -24,6 +25,7 @@ struct Running {
     admin: PathBuf,
     server: Option<Server>,
     engine: Arc<Engine>,
+    backend: Arc<fake::FakeBackend>,
     runtime: tokio::runtime::Runtime,
     _directory: tempfile::TempDir,
 }
@@ -37,12 +39,13 @@ impl Running {
         let admin = directory.path().join("admin.sock");
         let admin_listener = UnixListener::bind(&admin).unwrap();
         let settings = Settings { state_dir: directory.path().to_owned() };
+        let backend = Arc::<fake::FakeBackend>::default();
         let (engine, server) = runtime.block_on(async {
-            let engine = Engine::open(settings, Arc::new(fake::FakeBackend)).await.unwrap();
+            let engine = Engine::open(settings, Arc::clone(&backend) as _).await.unwrap();
             let server = funtainer_gateway::serve(Arc::clone(&engine), vec![listener], admin_listener).unwrap();
             (engine, server)
         });
-        Self { address, admin, server: Some(server), engine, runtime, _directory: directory }
+        Self { address, admin, server: Some(server), engine, backend, runtime, _directory: directory }
     }
 
     /// Sends `request` by TCP and returns all that comes until the gateway closes.

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
 use bytes::Bytes;
-use funtainer_gateway::api::run::{Frame, RunEnd};
+use funtainer_gateway::api::frames::{Frame, RunEnd};
 use funtainer_model::ErrorCode;
 use insta::assert_snapshot;
 
@@ -78,22 +78,40 @@ fn the_life_of_a_function() {
 
 /// Speaks the protocol of a run until the server closes.
 fn run(running: &Running, json: &str, frames: &[Frame]) -> Vec<Frame> {
-    let head = format!(
-        "POST /run HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: funtainer-run\r\nContent-Length: {}\r\n\r\n{json}",
-        json.len()
-    );
-    let mut stream = UnixStream::connect(&running.admin).unwrap();
-    stream.set_read_timeout(Some(DEADLINE)).unwrap();
-    stream.write_all(head.as_bytes()).unwrap();
+    upgraded(running, "/run", "funtainer-run", json, frames)
+}
+
+/// Upgrades a connection, sends the frames and reads until the server closes: what the command says, and its end.
+pub(crate) fn upgraded(running: &Running, path: &str, protocol: &str, json: &str, frames: &[Frame]) -> Vec<Frame> {
+    let mut stream = upgrade(running, path, protocol, json);
     for frame in frames {
         stream.write_all(&frame.encode()).unwrap();
     }
     let mut got = Vec::new();
     stream.read_to_end(&mut got).unwrap();
-    let head_end = got.windows(4).position(|window| window == b"\r\n\r\n").unwrap() + 4;
+    let mut rest = got[..].into();
+    std::iter::from_fn(|| Frame::decode(&mut rest).unwrap())
+        .filter(|frame| !matches!(frame, Frame::Progress(_) | Frame::Begun))
+        .collect()
+}
+
+/// An upgraded connection.
+pub(crate) fn upgrade(running: &Running, path: &str, protocol: &str, json: &str) -> UnixStream {
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: {protocol}\r\nContent-Length: {}\r\n\r\n{json}",
+        json.len()
+    );
+    let mut stream = UnixStream::connect(&running.admin).unwrap();
+    stream.set_read_timeout(Some(DEADLINE)).unwrap();
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut got = Vec::new();
+    let mut byte = [0];
+    while !got.ends_with(b"\r\n\r\n") {
+        stream.read_exact(&mut byte).unwrap();
+        got.push(byte[0]);
+    }
     assert!(got.starts_with(b"HTTP/1.1 101 Switching Protocols\r\n"), "{}", String::from_utf8_lossy(&got));
-    let mut rest = got[head_end..].into();
-    std::iter::from_fn(|| Frame::decode(&mut rest).unwrap()).filter(|frame| !matches!(frame, Frame::Progress(_))).collect()
+    stream
 }
 
 #[test]

@@ -30,7 +30,7 @@ const SCOPE_WAIT: Duration = Duration::from_secs(25);
 /// A pause between two looks.
 const LOOK: Duration = Duration::from_millis(2);
 /// Where systemd says that it runs (sd_booted(3)).
-const SYSTEMD: &str = "/run/systemd/system";
+pub(crate) const SYSTEMD: &str = "/run/systemd/system";
 
 /// Where a server's groups go, with what an operator should know of it.
 #[derive(Debug)]
@@ -93,7 +93,7 @@ fn settle(mount: PathBuf, name: &str) -> Settled {
 }
 
 /// The group of this process on the unified tree, relative to its mount; `None` if it lies outside of what is visible.
-fn own_group() -> Option<PathBuf> {
+pub(crate) fn own_group() -> Option<PathBuf> {
     parse_own_group(&std::fs::read_to_string("/proc/self/cgroup").ok()?)
 }
 
@@ -106,7 +106,7 @@ fn parse_own_group(text: &str) -> Option<PathBuf> {
 
 /// The unit around this process, if systemd has marked it as delegated: the group itself, or the one above if the process is in a leaf
 /// already (`DelegateSubgroup=`, or another server in the same unit).
-fn delegated(mount: &Path, own: &Path) -> Option<PathBuf> {
+pub(crate) fn delegated(mount: &Path, own: &Path) -> Option<PathBuf> {
     let candidates = [Some(own), own.parent()].into_iter().flatten().filter(|group| !group.as_os_str().is_empty());
     candidates.map(|group| mount.join(group)).find(|group| is_marked(group))
 }
@@ -205,19 +205,23 @@ fn scope(mount: &Path, name: &str) -> Result<PathBuf, PlaceError> {
     }
 }
 
-/// Asks the manager of this user: root the system's, by its bus or without one by its own socket; others their own.
+/// Asks the manager of this user, by its bus or without one by its own socket.
 fn ask(scope: Scope<'_>) -> Result<(), BusError> {
-    let (bus, private) = if rustix::process::geteuid().is_root() {
-        (PathBuf::from("/run/dbus/system_bus_socket"), PathBuf::from("/run/systemd/private"))
-    } else {
-        let runtime = std::env::var_os("XDG_RUNTIME_DIR")
-            .map_or_else(|| PathBuf::from(format!("/run/user/{}", rustix::process::geteuid().as_raw())), PathBuf::from);
-        (runtime.join("bus"), runtime.join("systemd/private"))
-    };
+    let (bus, private) = manager_sockets();
     match bus::start_scope(&bus, true, scope) {
         Err(BusError::Stream { .. }) if private.exists() => bus::start_scope(&private, false, scope),
         other => other,
     }
+}
+
+/// Where the manager of this user listens, root's being the system's: its bus, and its own socket.
+pub(crate) fn manager_sockets() -> (PathBuf, PathBuf) {
+    if rustix::process::geteuid().is_root() {
+        return (PathBuf::from("/run/dbus/system_bus_socket"), PathBuf::from("/run/systemd/private"));
+    }
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR")
+        .map_or_else(|| PathBuf::from(format!("/run/user/{}", rustix::process::geteuid().as_raw())), PathBuf::from);
+    (runtime.join("bus"), runtime.join("systemd/private"))
 }
 
 #[cfg(test)]

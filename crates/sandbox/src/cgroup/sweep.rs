@@ -30,6 +30,11 @@ pub fn sweep(layout: &Layout, name: &str) -> Result<(), CgroupError> {
     Ok(())
 }
 
+/// As [`sweep`], in one directory.
+pub(super) fn sweep_one(parent: &Path, name: &str) -> Result<(), CgroupError> {
+    sweep_group(open_root(parent)?.as_fd(), &component(name)?, name)
+}
+
 /// Kills what is in a group and below it, and removes what is below: the group itself is its owner's to remove. Nothing there is fine.
 pub(super) fn empty(group: &Path) -> Result<(), CgroupError> {
     let path = group.display().to_string();

@@ -4,6 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::rc::Rc;
 
+use super::view::Seat;
 use super::{
     CPU_PERIOD_US, CPU_WEIGHT_DEFAULT, CgroupError, GroupLimits, Hierarchy, Kind, Mount, Place, Top, Usage, make_top, read_key,
     read_number, write,
@@ -48,6 +49,12 @@ pub(super) struct Role {
     cpuacct: bool,
 }
 
+/// The controllers of a role, in the order in which the kernel lists them.
+pub(super) fn names(role: Role) -> Vec<&'static str> {
+    let all = [("cpu", role.cpu), ("cpuacct", role.cpuacct), ("memory", role.memory), ("pids", role.pids)];
+    all.into_iter().filter_map(|(name, has)| has.then_some(name)).collect()
+}
+
 /// Makes the top groups.
 pub(super) fn open(controllers: &[Controller], name: &str) -> Result<Hierarchy, CgroupError> {
     let mut places: Vec<(&PathBuf, Role)> = Vec::new();
@@ -70,7 +77,7 @@ pub(super) fn open(controllers: &[Controller], name: &str) -> Result<Hierarchy, 
             missing.push(words);
         }
     }
-    let mut hierarchy = Hierarchy { name: name.to_owned(), tops: Vec::new(), missing };
+    let mut hierarchy = Hierarchy { name: name.to_owned(), tops: Vec::new(), seat: None, missing };
     for (mount, role) in places {
         let top = match make_top(mount, name) {
             Ok((root, directory)) => Top { root, place: Rc::new(Place { directory, kind: Kind::V1(role) }) },
@@ -87,6 +94,7 @@ pub(super) fn open(controllers: &[Controller], name: &str) -> Result<Hierarchy, 
             return Err(CgroupError::Step { path: name.to_owned(), source });
         }
     }
+    hierarchy.seat = Seat::open(name);
     Ok(hierarchy)
 }
 

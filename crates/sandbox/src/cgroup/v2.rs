@@ -54,7 +54,8 @@ pub(super) fn open(parent: &Path, name: &str) -> Result<Hierarchy, CgroupError> 
         }
     }
     let place = Rc::new(Place { directory, kind: Kind::V2(offer) });
-    let hierarchy = Hierarchy { name: name.to_owned(), tops: vec![Top { root, place: Rc::clone(&place) }], missing };
+    let hierarchy =
+        Hierarchy { name: name.to_owned(), tops: vec![Top { root, place: Rc::clone(&place) }], seat: None, missing };
     if let Err(source) = prepare(place.directory.as_fd(), offer) {
         // It is empty; the first error is the one to tell.
         let _ = hierarchy.close();

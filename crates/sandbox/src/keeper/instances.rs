@@ -15,6 +15,7 @@ use rustix::fs::{FileType, Mode};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::layers::refusal;
+use super::networks::Start;
 use super::{Keeper, Requester};
 use crate::cgroup::{CgroupError, Entrance, GroupLimits, InstanceCgroup, Nest, Removal};
 use crate::fds::{self, Fds};
@@ -48,6 +49,8 @@ pub(super) struct Instance {
     /// Read ends: standard error, then standard output if that is a log too. Empty after the end.
     logs: Vec<OwnedFd>,
     cgroup: Option<InstanceCgroup>,
+    /// Number of the network that was made ahead for it.
+    network: Option<u32>,
     state: State,
 }
 
@@ -89,6 +92,11 @@ impl Leftover {
 impl Instances {
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.retry
+    }
+
+    /// Whether there is one with this id, ended or not.
+    pub(super) fn exists(&self, id: InstanceId) -> bool {
+        self.by_id.contains_key(&id)
     }
 
     pub(super) fn retry_removals(&mut self, now: Instant) {
@@ -198,30 +206,8 @@ pub(super) fn take_descriptor(descriptors: &mut Fds, index: usize, allowed: &[Fi
 
 impl Keeper {
     /// Makes what an instance needs of the keeper and orders its start; the answer comes when its init lives.
-    pub(super) fn start(
-        &mut self,
-        requester: Requester,
-        id: InstanceId,
-        revision: RevisionId,
-        descriptor: Vec<u8>,
-        descriptors: Fds,
-    ) {
-        if let Err(refused) = self.try_start(requester, id, revision, descriptor, descriptors) {
-            self.reply(requester, &Reply::Refused(refused), &[]);
-        }
-    }
-
-    fn try_start(
-        &mut self,
-        requester: Requester,
-        id: InstanceId,
-        revision: RevisionId,
-        descriptor: Vec<u8>,
-        descriptors: Fds,
-    ) -> Result<(), Refusal> {
-        if self.instances.by_id.contains_key(&id) {
-            return Err(Refusal::Malformed("the instance exists".to_owned()));
-        }
+    pub(super) fn try_start(&mut self, start: Start, network: Option<u32>) -> Result<(), Refusal> {
+        let Start { requester, id, revision, descriptor, descriptors } = start;
         if self.instances.by_id.len() >= INSTANCES_MAX {
             return Err(Refusal::Exhausted("instances".to_owned()));
         }
@@ -266,11 +252,12 @@ impl Keeper {
         sent.extend(logs.iter().rev().map(|log| log.write.as_fd()));
         let Entrance { born, descriptors } = cgroup.entrance();
         sent.extend(descriptors);
-        let ordered = zygote.order(&self.epoll, Order::Spawn { instance: id, born }, &sent);
+        let order = Order::Spawn { instance: id, born, network: network.unwrap_or(0) };
+        let ordered = zygote.order(&self.epoll, order, &sent);
         zygote.live += 1;
         let logs = logs.into_iter().map(|log| log.read).collect();
         let state = State::Starting(requester);
-        let instance = Instance { revision, zygote: key, descriptor, logs, cgroup: Some(cgroup), state };
+        let instance = Instance { revision, zygote: key, descriptor, logs, cgroup: Some(cgroup), network, state };
         self.instances.by_id.insert(id, instance);
         if let Err(fault) = ordered {
             // The end of the zygote answers for the instance.
@@ -313,6 +300,9 @@ impl Keeper {
         let State::Running { .. } = instance.state else { return None };
         if let Some(zygote) = self.zygotes.get_mut(key) {
             zygote.instance_gone();
+            if zygote.live == 0 {
+                self.shrink_pool(key);
+            }
         }
         self.end_instance(id, Some(end));
         Some(())
@@ -351,20 +341,27 @@ impl Keeper {
         };
         instance.state = State::Ended { pid, exit };
         instance.logs.clear();
+        let (zygote, network) = (instance.zygote, instance.network.take());
         if let Some(cgroup) = instance.cgroup.take() {
             self.instances.release(Leftover::Instance(cgroup));
         }
+        self.drop_network(zygote, network);
         self.event(&Reply::Exited { instance: id, exit });
     }
 
     fn forget(&mut self, id: InstanceId) {
-        if let Some(cgroup) = self.instances.by_id.remove(&id).and_then(|instance| instance.cgroup) {
+        let Some(instance) = self.instances.by_id.remove(&id) else { return };
+        if let Some(cgroup) = instance.cgroup {
             self.instances.release(Leftover::Instance(cgroup));
         }
+        self.drop_network(instance.zygote, instance.network);
     }
 
     /// Sends a signal to the main process of an instance; SIGKILL to its init, and so to all of it.
     pub(super) fn signal(&mut self, requester: Requester, id: InstanceId, signal: i32) {
+        if signal == libc::SIGKILL && self.stop_waiting(id) {
+            return self.reply(requester, &Reply::Done, &[]);
+        }
         let sent = match self.instances.by_id.get(&id).map(|instance| &instance.state) {
             Some(State::Running { pidfd, .. }) if signal == libc::SIGKILL => fds::pidfd_signal(pidfd.as_fd(), signal),
             Some(State::Running { pidfd, .. }) => signals::forward(pidfd.as_fd(), signal),

@@ -1,5 +1,6 @@
 //! What the platform puts into `/etc` of every container, over whatever its image has there.
 
+use super::networks::Pool;
 use crate::mount::EtcFile;
 use crate::protocol::RevisionSpec;
 
@@ -11,12 +12,12 @@ const HOSTS: &str = "127.0.0.1\tlocalhost\n\
     ff02::1\tip6-allnodes\n\
     ff02::2\tip6-allrouters\n";
 
-/// All of them, for the instances of a revision.
-pub(super) fn files(spec: &RevisionSpec) -> [EtcFile; 3] {
+/// All of them, for the instances of a revision, whose networks come from a pool if they lead out.
+pub(super) fn files(spec: &RevisionSpec, pool: Option<&Pool>) -> [EtcFile; 3] {
     [
         EtcFile { name: c"hostname", content: format!("{}\n", spec.hostname).into_bytes() },
         EtcFile { name: c"hosts", content: hosts(&spec.hostname).into_bytes() },
-        EtcFile { name: c"resolv.conf", content: resolver(spec).into_bytes() },
+        EtcFile { name: c"resolv.conf", content: pool.map_or_else(no_resolver, Pool::resolver).into_bytes() },
     ]
 }
 
@@ -26,6 +27,6 @@ fn hosts(hostname: &str) -> String {
 }
 
 /// Without a name server the C libraries ask 127.0.0.1, which refuses at once: no look-up waits for an answer that cannot come.
-fn resolver(_spec: &RevisionSpec) -> String {
+fn no_resolver() -> String {
     "# no name server can be reached\n".to_owned()
 }

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use rustix::fs::FileType;
 
 use super::layers::{commit, refusal};
+use super::networks::Start;
 use super::{Keeper, Requester};
 use crate::fds::Fds;
 use crate::protocol::{Refusal, Reply, Request};
@@ -29,6 +30,7 @@ impl Keeper {
                 }
                 self.respawn.deaths = 0;
                 self.reply(from, &Reply::Done, &[]);
+                self.announceable = true;
                 self.announce();
             }
             Request::OpenRevision { revision, function, title, spec } => {
@@ -36,7 +38,7 @@ impl Keeper {
             }
             Request::EndRevision { revision } => self.end_revision(from, revision),
             Request::Start { instance, revision, descriptor } => {
-                self.start(from, instance, revision, descriptor, descriptors);
+                self.start(Start { requester: from, id: instance, revision, descriptor, descriptors });
             }
             Request::Signal { instance, signal } => self.signal(from, instance, signal.number().into()),
             Request::MoreSockets { instance } => match (self.zygote_of(instance), descriptors.take(0)) {

@@ -18,6 +18,7 @@ use rustix::net::RecvFlags;
 use super::instances::{Leftover, cgroup_refusal};
 use super::layers::{Lent, refusal};
 use super::link::{Fault, Link};
+use super::networks::Pool;
 use super::{Keeper, Requester, TOKEN_ZYGOTES, TURN_MESSAGES, platform};
 use crate::cgroup::Nest;
 use crate::orders::{DATAGRAM_BYTES, Order, Report};
@@ -57,6 +58,8 @@ pub(super) struct Zygote {
     pub(super) streams: Streams,
     pub(super) limits: Limits,
     pub(super) layers: Lent,
+    /// Networks that lead out, if its instances have such.
+    pub(super) pool: Option<Pool>,
     /// Where its control groups and those of its instances are.
     pub(super) nest: Nest,
     pid: i32,
@@ -136,6 +139,23 @@ impl Zygotes {
         self.by_key.get_mut(&key)
     }
 
+    pub(super) fn pools(&self) -> impl Iterator<Item = &Pool> {
+        self.by_key.values().filter_map(|zygote| zygote.pool.as_ref())
+    }
+
+    pub(super) fn pools_mut(&mut self) -> impl Iterator<Item = &mut Pool> {
+        self.by_key.values_mut().filter_map(|zygote| zygote.pool.as_mut())
+    }
+
+    /// Takes all pools away, with the keys of their zygotes.
+    pub(super) fn take_pools(&mut self) -> Vec<(u64, Pool)> {
+        self.by_key.iter_mut().filter_map(|(key, zygote)| Some((*key, zygote.pool.take()?))).collect()
+    }
+
+    pub(super) fn keys_where(&self, holds: impl Fn(&Zygote) -> bool) -> Vec<u64> {
+        self.by_key.iter().filter(|(_, zygote)| holds(zygote)).map(|(key, _)| *key).collect()
+    }
+
     /// The zygote with this key is not to be used any more.
     fn retire(&mut self, key: u64) {
         if let Some(zygote) = self.by_key.get_mut(&key) {
@@ -156,11 +176,17 @@ impl Zygote {
 
     /// Sends an order; an error means that the zygote is to be given up.
     pub(super) fn order(&mut self, epoll: &OwnedFd, order: Order, descriptors: &[BorrowedFd<'_>]) -> Result<(), Fault> {
-        if self.owed == 0 {
-            self.heard = Instant::now();
+        if order.is_answered() {
+            if self.owed == 0 {
+                self.heard = Instant::now();
+            }
+            self.owed += 1;
         }
-        self.owed += 1;
         self.link.send(epoll, order.encode().as_bytes(), descriptors)
+    }
+
+    pub(super) fn takes_orders(&self) -> bool {
+        matches!(self.state, State::Ready)
     }
 
     /// ESRCH only when it is dead already: its pidfd tells.
@@ -208,7 +234,10 @@ impl Keeper {
             zygote.idle_since = Instant::now();
             match &mut zygote.state {
                 State::SettingUp(waiting) => waiting.push(requester),
-                State::Ready | State::Ending => self.reply(requester, &Reply::Done, &[]),
+                State::Ready | State::Ending => {
+                    let key = self.zygotes.by_revision[&revision];
+                    self.opened_again(key, requester);
+                }
             }
             return;
         }
@@ -227,8 +256,10 @@ impl Keeper {
         };
         let base = RANGES_BASE + slot * userns::IDS;
         let key = self.zygotes.next_key;
-        match self.fork_zygote(key, base, title, spec) {
+        let pool = self.networks.pool(&self.epoll, &spec.isolation);
+        match self.fork_zygote(key, base, title, spec, pool.as_ref()) {
             Ok((Forked { pid, pidfd }, link, layers, nest)) => {
+                let views = nest.views();
                 self.zygotes.next_key += 1;
                 let now = Instant::now();
                 let zygote = Zygote {
@@ -238,6 +269,7 @@ impl Keeper {
                     streams: spec.streams,
                     limits: spec.limits,
                     layers,
+                    pool,
                     nest,
                     pid,
                     pidfd,
@@ -252,10 +284,24 @@ impl Keeper {
                 };
                 self.zygotes.by_key.insert(key, zygote);
                 self.zygotes.by_revision.insert(revision, key);
-                self.order(key, Order::SetUp, &[]);
+                let seat = self.cgroups.seat(pid).unwrap_or_else(|error| {
+                    self.log(&format!("a zygote (pid {pid}) has no seat: {error}"));
+                    None
+                });
+                match views {
+                    Ok(views) => {
+                        let views: Vec<BorrowedFd<'_>> = views.iter().chain(&seat).map(AsFd::as_fd).collect();
+                        self.order(key, Order::SetUp, &views);
+                    }
+                    // Who waits for it is answered by its end.
+                    Err(error) => self.give_up(key, &error.to_string()),
+                }
             }
             Err(refused) => {
                 self.zygotes.slots.release(&function);
+                if let Some(pool) = &pool {
+                    self.networks.forget_all(&self.epoll, key, pool);
+                }
                 self.reply(requester, &Reply::Refused(refused), &[]);
             }
         }
@@ -267,11 +313,13 @@ impl Keeper {
         base: u32,
         name: &str,
         spec: &RevisionSpec,
+        pool: Option<&Pool>,
     ) -> Result<(Forked, Link, Lent, Nest), Refusal> {
         let failed = |step| move |errno| refusal(StepError { step, errno });
         let (ours, theirs) = fds::pair().map_err(failed("make a zygote's socket"))?;
         let nest = self.cgroups.nest(&format!("zygote-{key}"), base).map_err(|error| cgroup_refusal(&error))?;
-        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd(), group: nest.cradle() };
+        let (group, views) = (nest.cradle(), nest.view_names());
+        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd(), owner: base, group, views };
         // SAFETY: the keeper has one thread, as was checked at its start.
         let forked = match unsafe { zygote::fork(&plan) } {
             Ok(forked) => forked,
@@ -280,7 +328,7 @@ impl Keeper {
                 return Err(failed("clone a zygote")(errno));
             }
         };
-        let equipped = self.equip_zygote(&forked, base, spec, ours, key);
+        let equipped = self.equip_zygote(&forked, base, spec, pool, ours, key);
         match equipped {
             Ok((link, layers)) => Ok((forked, link, layers, nest)),
             Err(error) => {
@@ -302,6 +350,7 @@ impl Keeper {
         forked: &Forked,
         base: u32,
         spec: &RevisionSpec,
+        pool: Option<&Pool>,
         socket: OwnedFd,
         key: u64,
     ) -> Result<(Link, Lent), Refusal> {
@@ -310,7 +359,7 @@ impl Keeper {
         let ids = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| refusal(StepError { step: "open a user namespace", errno }))?;
         let mut layers = self.layers.lend(&self.mounts, self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
-        layers.cover(self.mounts.platform(layers.mapped(), base, &platform::files(spec)).map_err(refusal)?);
+        layers.cover(self.mounts.platform(layers.mapped(), base, &platform::files(spec, pool)).map_err(refusal)?);
         let failed = |errno| refusal(StepError { step: "watch a zygote", errno });
         let token = TOKEN_ZYGOTES + 2 * key;
         epoll::add(&self.epoll, &forked.pidfd, EventData::new_u64(token + 1), EventFlags::IN).map_err(failed)?;
@@ -401,9 +450,7 @@ impl Keeper {
             Report::Ready => {
                 let State::SettingUp(waiting) = std::mem::replace(&mut zygote.state, State::Ready) else { return None };
                 zygote.idle_since = Instant::now();
-                for requester in waiting {
-                    self.reply(requester, &Reply::Done, &[]);
-                }
+                self.fill(key, waiting);
             }
             Report::SetUpFailed { errno, step } => {
                 let State::SettingUp(waiting) = std::mem::replace(&mut zygote.state, State::Ending) else { return None };
@@ -440,6 +487,11 @@ impl Keeper {
                 };
                 self.reply(requester, &reply, &[]);
             }
+            Report::Network(network) => {
+                let (inside, route) = (descriptors.take(0)?, descriptors.take(1)?);
+                self.network_made(key, network, inside, route)?;
+            }
+            Report::NetworkFailed { network, errno, step } => self.network_failed(network, errno, &step),
         }
         Some(())
     }
@@ -462,6 +514,9 @@ impl Keeper {
         };
         for requester in setting_up.into_iter().chain(zygote.sockets.into_iter().map(|(_, requester)| requester)) {
             self.reply(requester, &Reply::Refused(Refusal::NoZygote), &[]);
+        }
+        if let Some(pool) = zygote.pool {
+            self.pool_lost(key, pool);
         }
         self.execs_lost(key);
         self.instances_lost(key);

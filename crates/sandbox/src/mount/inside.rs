@@ -91,6 +91,22 @@ pub fn part(directory: BorrowedFd<'_>) -> Result<OwnedFd, StepError> {
     open_tree(directory, c"", flags).map_err(at("clone a part of a mount"))
 }
 
+/// As [`part`], but read-only and without programs and devices: for a directory of the host's that an instance may look at.
+pub fn view(directory: BorrowedFd<'_>) -> Result<OwnedFd, StepError> {
+    let view = part(directory)?;
+    let flags = INERT | MountAttrFlags::MOUNT_ATTR_RDONLY;
+    let attributes = Attributes { set: u64::from(flags.bits()), ..Attributes::default() };
+    set_attributes(view.as_fd(), c"", libc::AT_EMPTY_PATH, &attributes).map_err(at("set a view read-only"))?;
+    Ok(view)
+}
+
+/// Binds the directory at a path over that at another, with the flags of its mount. For paths of our own: links are followed.
+///
+/// One system call: may be called between clone and exec.
+pub fn bind(from: &CStr, to: &CStr) -> Result<(), StepError> {
+    mount_bind(from, to).map_err(at("bind a directory"))
+}
+
 /// Moves a mount of this mount namespace, with all that is mounted on it, to an opened directory.
 ///
 /// One system call: may be called between clone and exec.
@@ -128,8 +144,13 @@ pub fn device_tree(host_dev: &CStr, at_directory: &CStr) -> Result<(), StepError
     for name in PLACES {
         rustix::fs::mkdirat(&root, name, Mode::from_raw_mode(0o755)).map_err(at("make a directory in /dev"))?;
     }
+    seal(root.as_fd())
+}
+
+/// Sets the mount behind a descriptor read-only, not those on it.
+pub fn seal(mount: BorrowedFd<'_>) -> Result<(), StepError> {
     let attributes = Attributes { set: u64::from(MountAttrFlags::MOUNT_ATTR_RDONLY.bits()), ..Attributes::default() };
-    set_attributes(root.as_fd(), c"", libc::AT_EMPTY_PATH, &attributes).map_err(at("set /dev read-only"))
+    set_attributes(mount, c"", libc::AT_EMPTY_PATH, &attributes).map_err(at("set a mount read-only"))
 }
 
 /// Makes `root` (an attached mount) the root of this mount namespace, and lets go of the old one with all that is mounted on it. The

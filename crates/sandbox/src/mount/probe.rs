@@ -22,7 +22,7 @@ pub struct Missing {
 }
 
 /// Host ids of the trial's user namespace: below those that functions get.
-const TRIAL_BASE: u32 = 0x6FFE_0000;
+pub(crate) const TRIAL_BASE: u32 = 0x6FFE_0000;
 /// Namespaces of an instance that its zygote or it is born in.
 const NAMESPACES: i32 =
     libc::CLONE_NEWUSER | libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
@@ -99,7 +99,7 @@ impl Mounts {
 }
 
 /// From what this kernel mounts a layer.
-fn layer_source(file: BorrowedFd<'_>, newest: LayerSource) -> Result<LayerSource, Missing> {
+pub(crate) fn layer_source(file: BorrowedFd<'_>, newest: LayerSource) -> Result<LayerSource, Missing> {
     let trial = |layers| {
         let features = Features { layers, overlay: OverlayForm::Descriptors };
         Mounts::open(features)?.layer(file).map(drop)
@@ -116,7 +116,11 @@ fn layer_source(file: BorrowedFd<'_>, newest: LayerSource) -> Result<LayerSource
 }
 
 /// A whole root file system, in one way.
-fn try_overlay(features: Features, file: BorrowedFd<'_>, ids: BorrowedFd<'_>) -> Result<(Mounts, OwnedFd), StepError> {
+pub(crate) fn try_overlay(
+    features: Features,
+    file: BorrowedFd<'_>,
+    ids: BorrowedFd<'_>,
+) -> Result<(Mounts, OwnedFd), StepError> {
     let mounts = Mounts::open(features)?;
     let layer = mounts.layer(file)?;
     let mapped = [mounts.idmapped(&layer, ids)?];
@@ -125,7 +129,7 @@ fn try_overlay(features: Features, file: BorrowedFd<'_>, ids: BorrowedFd<'_>) ->
 }
 
 /// The overlay shows the layer, and root inside may write.
-fn try_root(root: &OwnedFd) -> Result<(), Missing> {
+pub(crate) fn try_root(root: &OwnedFd) -> Result<(), Missing> {
     let wrong = |reason: String| Missing { feature: "a writable root file system", reason };
     let stat = rustix::fs::fstat(root).map_err(|errno| wrong(format!("the trial's root cannot be read: {errno}")))?;
     if stat.st_uid != TRIAL_BASE {
@@ -136,7 +140,7 @@ fn try_root(root: &OwnedFd) -> Result<(), Missing> {
 }
 
 /// A child in all namespaces of an instance makes and attaches what an init would.
-fn try_inside(root: &OwnedFd) -> Result<(), Missing> {
+pub(crate) fn try_inside(root: &OwnedFd) -> Result<(), Missing> {
     let failed = |reason: String| Missing { feature: "a trial of all namespaces", reason };
     let (ours, theirs) = fds::pair().map_err(|errno| failed(errno.to_string()))?;
     // SAFETY: the child makes system calls by functions that neither allocate nor lock, and ends in `_exit`.
@@ -211,7 +215,7 @@ fn missing_inside(step: &str, errno: Errno) -> Missing {
     Missing { feature: "mounts in a user namespace", reason }
 }
 
-fn missing_userns(error: &StepError) -> Missing {
+pub(crate) fn missing_userns(error: &StepError) -> Missing {
     let reason = match error.errno {
         Errno::NOSPC => "the sysctl user.max_user_namespaces forbids user namespaces: raise it".to_owned(),
         Errno::PERM => format!("this machine or container forbids user namespaces, or root here lacks CAP_SETUID ({error})"),
@@ -236,7 +240,7 @@ fn missing_erofs(error: &StepError) -> Missing {
 }
 
 /// Why neither descriptors nor paths made a root file system; `newer` is what the first met.
-fn missing_overlay(error: &StepError, newer: Option<&StepError>) -> Missing {
+pub(crate) fn missing_overlay(error: &StepError, newer: Option<&StepError>) -> Missing {
     let newer = newer.map(|newer| format!("; by descriptors: {newer}")).unwrap_or_default();
     let (feature, cure) = match (error.step, error.errno) {
         ("map the ids of a layer", _) => ("idmapped layers", "Linux 5.19 or later is needed"),
@@ -251,7 +255,7 @@ fn missing_overlay(error: &StepError, newer: Option<&StepError>) -> Missing {
 }
 
 /// An unnamed file in `directory` with the smallest erofs: one empty root directory. Our writer's form (extended inode, checksum-free).
-fn trial_layer(directory: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+pub(crate) fn trial_layer(directory: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     let here: &CStr = c".";
     let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
     let file = rustix::fs::openat(directory, here, flags, Mode::from_raw_mode(0o600))?;

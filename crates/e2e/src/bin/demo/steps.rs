@@ -145,6 +145,7 @@ fn stop(server: Server, places: &Places, scope: &Scope, before: &Snapshot) -> Re
         data: vec![places.data.clone()],
         admin: vec![places.admin.clone()],
         ports: vec![port],
+        own_network: false,
         killed: false,
     };
     let leaks = subject.leaks(before)?;

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::num::{NonZeroU16, NonZeroU32};
 use std::str::FromStr;
 
+use funtainer_contract::terminal::TerminalSize;
 use funtainer_engine::backend::{ImageSummary, Progress};
-use funtainer_engine::{FunctionView, InstanceView};
+use funtainer_engine::{ExecOrder, FunctionView, InstanceView};
 use funtainer_model::{
     ByteSize, Contract, Digest, EnvVar, ErrorCode, Failure, FunctionId, FunctionName, FunctionSpec, ImageRef, InstanceId,
     RevisionId, format_duration, parse_duration,
@@ -145,6 +146,35 @@ pub struct RunRequest {
     /// Further settings of its container.
     #[serde(default)]
     pub container: ContainerSettings,
+    /// Gives it a terminal of this size at first, instead of a stream for each of input, output and error.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<TerminalSize>,
+}
+
+/// Body of `POST /functions/NAME/exec`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExecRequest {
+    /// Command line.
+    pub command: Vec<String>,
+    /// Variables on top of the instance's.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// Replaces the instance's working directory; it must be there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub working_dir: Option<String>,
+    /// Replaces the instance's user: `user`, `uid`, `user:group`, `uid:gid`, by the files of the image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Which instance; one that takes calls without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<InstanceId>,
+    /// Whether to start an instance if there is none.
+    #[serde(default)]
+    pub start: bool,
+    /// Gives it a terminal of this size at first, instead of a stream for each of input, output and error.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<TerminalSize>,
 }
 
 /// Query of `GET /functions/NAME/logs`.
@@ -367,6 +397,16 @@ impl RunRequest {
         set(&mut spec.limits.memory, self.memory.as_deref(), |text| setting::<ByteSize>("memory", text))?;
         self.container.apply(&mut spec)?;
         checked(spec)
+    }
+}
+
+impl ExecRequest {
+    /// The command and its place.
+    pub(crate) fn order(self) -> Result<ExecOrder, Failure> {
+        let Self { command, env, working_dir, user, instance, start, terminal } = self;
+        let env = variables(&env)?;
+        let request = funtainer_contract::exec::ExecRequest { command, env, working_dir, user, terminal };
+        Ok(ExecOrder { instance, start, request })
     }
 }
 
