@@ -153,7 +153,7 @@ fn serve_in(service: Service, top: &dyn Fn(&Service) -> Result<PathBuf>) -> Resu
     systemctl(&["stop", &service.unit])?;
     let data = vec![service.home.path().join("data")];
     let admin = vec![service.home.path().join("admin.sock")];
-    let left = Subject { scope: None, data, admin, ports: Vec::new(), killed: false }.leaks(&before)?;
+    let left = Subject { data, admin, ..Subject::default() }.leaks(&before)?;
     let left: Vec<_> = left.iter().map(ToString::to_string).filter(|leak| leak.contains("funtainer")).collect();
     ensure!(left.is_empty(), "{left:?}");
     wait::until_true("the unit's group is gone", LIMIT, || Ok(!top.exists()))
