@@ -463,7 +463,7 @@ fn an_instance_does_not_take_all_terminals() {
         make_private()?;
         let host = rustix::fs::open(c"/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(at("open /"))?;
         let place = target(host.as_fd(), c"mnt")?;
-        attach(devpts()?.as_fd(), place.as_fd())?;
+        attach(devpts(TEST_BASE.into())?.as_fd(), place.as_fd())?;
         let mut held = [const { None }; 256];
         for terminal in &mut held {
             *terminal = Some(open(c"/mnt/ptmx", OFlags::RDWR | OFlags::NOCTTY).map_err(at("open a terminal"))?);
