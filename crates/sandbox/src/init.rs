@@ -29,7 +29,9 @@ use crate::seccomp::Filter;
 use crate::signals::{self, FORWARD, SignalSet};
 use crate::step::StepError;
 use crate::title::Title;
-use crate::{cgroup, fds, netns, terminal, userns};
+use crate::userns::{self, IdRange};
+use crate::zygote::Plan;
+use crate::{cgroup, fds, netns, terminal};
 
 /// What a place in the shared page holds until the init has written its main process's wait status: no wait status looks like it.
 pub(crate) const NO_STATUS: i32 = i32::MIN;
@@ -65,7 +67,7 @@ pub(crate) struct Prepared {
     working_dir_parents: Vec<Place>,
     /// Upper ones first.
     extras: Vec<Extra>,
-    /// Where control groups are seen, below the root.
+    /// Where control groups are seen, in the zygote's root.
     views: Vec<CString>,
     /// Whether all of them lie in one tree of the zygote's.
     view_tree: bool,
@@ -74,12 +76,15 @@ pub(crate) struct Prepared {
     listeners: Vec<u16>,
     sockets: SocketCounts,
     person: Person,
+    ids: IdRange,
     /// Instead of the streams that come with a start.
     terminal: Option<WindowSize>,
     read_only_root: bool,
     no_new_privileges: bool,
     stop_signal: i32,
     open_files: u64,
+    /// Most processes in the user namespace, where no control group limits them.
+    processes: Option<u64>,
 }
 
 /// Who a program runs as.
@@ -87,6 +92,21 @@ pub(crate) struct Person {
     pub(crate) uid: Uid,
     pub(crate) gid: Gid,
     pub(crate) groups: Vec<Gid>,
+    /// Capabilities: by the user that is asked for, also where root stands in for it because there is no other id.
+    pub(crate) kept: CapabilitySet,
+}
+
+impl Person {
+    /// Who these ids are in a user namespace with `ids`.
+    pub(crate) fn new(ids: IdRange, uid: u32, gid: u32, groups: &[u32]) -> Self {
+        let groups = if ids.is_single() { &[] } else { groups };
+        Self {
+            uid: Uid::from_raw(ids.inside(uid)),
+            gid: Gid::from_raw(ids.inside(gid)),
+            groups: groups.iter().map(|group| Gid::from_raw(*group)).collect(),
+            kept: if uid == 0 { userns::KEPT } else { CapabilitySet::empty() },
+        }
+    }
 }
 
 /// A directory, by the path of its parent and its name there; both relative to the root.
@@ -141,8 +161,9 @@ struct PreparedFile {
 }
 
 impl Prepared {
-    /// From a checked specification.
-    pub(crate) fn new(spec: &RevisionSpec, views: &[ViewName], filter: Filter, title: Title) -> Self {
+    /// From a plan with a checked specification.
+    pub(crate) fn new(plan: &Plan<'_>, filter: Filter) -> Self {
+        let Plan { spec, ids, title, processes, ref views, .. } = *plan;
         let files = spec.files.iter().map(|file| {
             let mut places = places(&file.path);
             let place = places.pop().unwrap_or(Place { parent: c".".to_owned(), name: c".".to_owned() });
@@ -157,7 +178,7 @@ impl Prepared {
             working_dir: c_string(&spec.working_dir),
             working_dir_parents: places(&spec.working_dir),
             extras: Extra::all(spec),
-            views: views.iter().map(|name| c_string(&[VIEWS.to_bytes(), b"/", name.to_bytes()].concat())).collect(),
+            views: views.iter().map(view_place).collect(),
             view_tree: has_view_tree(views),
             shm_bytes: spec
                 .isolation
@@ -168,11 +189,8 @@ impl Prepared {
             files: files.collect(),
             listeners: spec.listeners.clone(),
             sockets: spec.sockets,
-            person: Person {
-                uid: Uid::from_raw(spec.uid),
-                gid: Gid::from_raw(spec.gid),
-                groups: spec.groups.iter().map(|group| Gid::from_raw(*group)).collect(),
-            },
+            person: Person::new(ids, spec.uid, spec.gid, &spec.groups),
+            ids,
             terminal: match spec.streams {
                 Streams::Terminal(size) => Some(size),
                 Streams::Log | Streams::Call => None,
@@ -181,7 +199,13 @@ impl Prepared {
             no_new_privileges: spec.isolation.no_new_privileges,
             stop_signal: spec.stop_signal.number().into(),
             open_files: spec.limits.open_files.into(),
+            processes: processes.map(u64::from),
         }
+    }
+
+    /// The ids of the user namespace.
+    pub(crate) fn ids(&self) -> IdRange {
+        self.ids
     }
 
     /// Shows this text as the command line of this process.
@@ -189,6 +213,12 @@ impl Prepared {
         // SAFETY: a process of ours before its exec, with one thread, which reads neither arguments nor environment.
         unsafe { self.title.set(title) };
     }
+}
+
+/// Where an init puts a view before it changes its root.
+fn view_place(name: &ViewName) -> CString {
+    let parts = [ROOT_PLACE.to_bytes(), VIEWS.to_bytes()].into_iter().chain((!name.is_empty()).then_some(name.to_bytes()));
+    c_string(&parts.collect::<Vec<_>>().join(&b'/'))
 }
 
 /// Whether views lie in a directory, rather than one in its place.
@@ -216,8 +246,8 @@ pub(crate) struct Start<'a> {
     pub(crate) daemon: OwnedFd,
     /// Standard input, output and error. What is not given is the terminal, where the instance has one, else `/dev/null`.
     pub(crate) streams: [Option<OwnedFd>; 3],
-    /// Views of the cgroups, as many as the specification has names for.
-    pub(crate) views: [Option<OwnedFd>; cgroup::GROUPS_MAX],
+    /// The instance's cgroups in the zygote's views, as many as it has names for.
+    pub(crate) views: &'a [CString],
     /// Doors of the cgroups.
     pub(crate) doors: Doors,
     /// Where the main process's wait status goes.
@@ -252,7 +282,7 @@ pub(crate) fn run(prepared: &Prepared, start: Start<'_>) -> ! {
     let _ = crate::title::set_name(c"funtainer-init");
     let status = start.status;
     let Start { root, daemon, streams, views, doors, network, .. } = start;
-    let main = set_up(prepared, root, daemon.as_fd(), &views, doors, network)
+    let main = set_up(prepared, root, daemon.as_fd(), views, doors, network)
         .and_then(|own| execute(prepared, streams.each_ref().map(|given| given.as_ref().unwrap_or(&own).as_fd())));
     let message = match &main {
         Ok(_) => InitMessage::Executed,
@@ -288,7 +318,7 @@ fn set_up(
     prepared: &Prepared,
     root: OwnedFd,
     daemon: BorrowedFd<'_>,
-    views: &[Option<OwnedFd>],
+    views: &[CString],
     doors: Doors,
     network: netns::Prepared,
 ) -> Result<OwnedFd, Failed> {
@@ -329,6 +359,10 @@ pub(crate) fn confine(prepared: &Prepared) -> Result<(), Failed> {
     let most = rustix::process::getrlimit(Resource::Nofile).maximum;
     let most = Some(most.map_or(prepared.open_files, |most| most.min(prepared.open_files)));
     rustix::process::setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).map_err(&privileges)?;
+    if prepared.processes.is_some() {
+        let most = prepared.processes;
+        rustix::process::setrlimit(Resource::Nproc, Rlimit { current: most, maximum: most }).map_err(&privileges)?;
+    }
     not_dumpable()?;
     userns::drop_bounding(userns::KEPT).map_err(during(InitStep::Privileges))?;
     // Without it setuid bits and file capabilities give what the bounding set holds. The filter needs it, or CAP_SYS_ADMIN, which ends with
@@ -354,7 +388,7 @@ fn enter_cgroup(doors: Doors) -> Result<(), Failed> {
 }
 
 /// The root file system with all that lies in it; this process is in it afterwards.
-fn mounts(prepared: &Prepared, root: OwnedFd, views: &[Option<OwnedFd>]) -> Result<(), Failed> {
+fn mounts(prepared: &Prepared, root: OwnedFd, views: &[CString]) -> Result<(), Failed> {
     let failed = during(InitStep::Mounts);
     let open = |path: &CStr| {
         rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(at(InitStep::Mounts))
@@ -371,7 +405,7 @@ fn mounts(prepared: &Prepared, root: OwnedFd, views: &[Option<OwnedFd>]) -> Resu
     mount::move_tree(c"/dev", place(c"dev")?.as_fd()).map_err(&failed)?;
     let shm = Tmpfs { size_bytes: prepared.shm_bytes, uid: 0, gid: 0, mode: 0o1777, attributes: INERT };
     for (name, made) in [
-        (c"dev/pts", mount::devpts()),
+        (c"dev/pts", mount::devpts(prepared.ids)),
         (c"dev/shm", mount::tmpfs(&shm)),
         (c"dev/mqueue", mount::mqueue()),
         (c"proc", mount::procfs()),
@@ -383,8 +417,9 @@ fn mounts(prepared: &Prepared, root: OwnedFd, views: &[Option<OwnedFd>]) -> Resu
     if prepared.view_tree {
         mount::move_tree(VIEW_TREE, place(VIEWS)?.as_fd()).map_err(&failed)?;
     }
-    for (name, view) in prepared.views.iter().zip(views.iter().flatten()) {
-        mount::attach(view.as_fd(), place(name)?.as_fd()).map_err(&failed)?;
+    // The ways lead through mounts of ours alone: `/sys` lies over whatever the image has.
+    for (place, view) in prepared.views.iter().zip(views) {
+        mount::bind(view, place).map_err(&failed)?;
     }
     mount::pivot(root.as_fd()).map_err(&failed)?;
     mount::mask_all().map_err(&failed)
@@ -588,8 +623,7 @@ fn change(child: &Child<'_>) -> Result<(), Failed> {
 pub(crate) fn become_person(person: &Person) -> Result<(), Failed> {
     rustix::process::umask(Mode::from_raw_mode(0o022));
     userns::become_user(person.uid, person.gid, &person.groups).map_err(during(InitStep::Privileges))?;
-    let kept = if person.uid.is_root() { userns::KEPT } else { CapabilitySet::empty() };
-    userns::set_capabilities(kept).map_err(during(InitStep::Privileges))?;
+    userns::set_capabilities(person.kept).map_err(during(InitStep::Privileges))?;
     // Again: a change of ids sets what the sysctl fs.suid_dumpable says. It is the init's memory too, and other processes of the image may
     // look at this one already.
     not_dumpable()?;

@@ -100,6 +100,13 @@ pub fn view(directory: BorrowedFd<'_>) -> Result<OwnedFd, StepError> {
     Ok(view)
 }
 
+/// Binds the directory at a path over that at another, with the flags of its mount. For paths of our own: links are followed.
+///
+/// One system call: may be called between clone and exec.
+pub fn bind(from: &CStr, to: &CStr) -> Result<(), StepError> {
+    mount_bind(from, to).map_err(at("bind a directory"))
+}
+
 /// Moves a mount of this mount namespace, with all that is mounted on it, to an opened directory.
 ///
 /// One system call: may be called between clone and exec.
@@ -164,6 +171,21 @@ pub fn pivot(root: BorrowedFd<'_>) -> Result<(), StepError> {
 pub fn remount_read_only(path: &CStr) -> Result<(), StepError> {
     let attributes = Attributes { set: u64::from(MountAttrFlags::MOUNT_ATTR_RDONLY.bits()), ..Attributes::default() };
     set_attributes(CWD, path, libc::AT_SYMLINK_NOFOLLOW, &attributes).map_err(at("set a mount read-only"))
+}
+
+/// Sets the mount at `path` read-only, and all that lie on it.
+///
+/// One system call: may be called between clone and exec.
+pub fn remount_tree_read_only(path: &CStr) -> Result<(), StepError> {
+    let attributes = Attributes { set: u64::from(MountAttrFlags::MOUNT_ATTR_RDONLY.bits()), ..Attributes::default() };
+    set_attributes(CWD, path, libc::AT_SYMLINK_NOFOLLOW | libc::AT_RECURSIVE, &attributes)
+        .map_err(at("set a tree of mounts read-only"))
+}
+
+/// Sets a mount read-only, by a descriptor of its root.
+pub fn set_read_only(mount: BorrowedFd<'_>) -> Result<(), StepError> {
+    let attributes = Attributes { set: u64::from(MountAttrFlags::MOUNT_ATTR_RDONLY.bits()), ..Attributes::default() };
+    set_attributes(mount, c"", libc::AT_EMPTY_PATH, &attributes).map_err(at("set a mount read-only"))
 }
 
 /// Hides [`MASKED`] and write-protects [`READ_ONLY`]. After [`pivot`], and with our own mounts at `/proc`, `/sys` and `/dev`: then no
