@@ -14,7 +14,7 @@ use funtainer_e2e::process::{self, Finished};
 use serde_json::Value;
 
 /// It takes milliseconds; the machine may be busy.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 /// A user that owns nothing.
 const NOBODY: u32 = 65_534;
 

@@ -105,7 +105,7 @@ fn group_of(pid: i32) -> Result<PathBuf> {
 }
 
 /// One call, then every process of the server at its place below `top`, limits set and kept, nothing left afterwards.
-fn serve_in(service: Service, top: &dyn Fn(&Service) -> Result<PathBuf>) -> Result<()> {
+fn serve_in(service: &Service, top: &dyn Fn(&Service) -> Result<PathBuf>) -> Result<()> {
     let before = Snapshot::take()?;
     let reference = "probe:test";
     let layout = catalog::probe(&[], &[])?.layout().display().to_string();
@@ -114,7 +114,7 @@ fn serve_in(service: Service, top: &dyn Fn(&Service) -> Result<PathBuf>) -> Resu
     let answer = http::call(&service.endpoint, "GET", "/function/probe", &[], b"").with_context(|| service.log())?;
     ensure!(answer.status == 200, "{answer:?}");
 
-    let top = top(&service)?;
+    let top = top(service)?;
     let log = service.log();
     let all: Vec<_> =
         parse::cgroup_members(&top)?.into_iter().filter_map(|pid| parse::process(pid).transpose()).collect::<Result<_>>()?;
@@ -153,7 +153,7 @@ fn serve_in(service: Service, top: &dyn Fn(&Service) -> Result<PathBuf>) -> Resu
     systemctl(&["stop", &service.unit])?;
     let data = vec![service.home.path().join("data")];
     let admin = vec![service.home.path().join("admin.sock")];
-    let left = Subject { scope: None, data, admin, ports: Vec::new(), killed: false }.leaks(&before)?;
+    let left = Subject { scope: None, data, admin, ports: Vec::new(), killed: false, own_network: false }.leaks(&before)?;
     let left: Vec<_> = left.iter().map(ToString::to_string).filter(|leak| leak.contains("funtainer")).collect();
     ensure!(left.is_empty(), "{left:?}");
     wait::until_true("the unit's group is gone", LIMIT, || Ok(!top.exists()))
@@ -164,7 +164,7 @@ fn a_unit_with_delegation_has_the_instances_in_it() -> Result<()> {
     if !is_here() {
         return Ok(());
     }
-    serve_in(Service::start("delegated", "Delegate=yes")?, &|service| {
+    serve_in(&Service::start("delegated", "Delegate=yes")?, &|service| {
         Ok(Path::new(TREE).join("system.slice").join(&service.unit))
     })
 }
@@ -174,7 +174,7 @@ fn a_unit_without_delegation_gets_a_scope() -> Result<()> {
     if !is_here() {
         return Ok(());
     }
-    serve_in(Service::start("plain", "")?, &|service| {
+    serve_in(&Service::start("plain", "")?, &|service| {
         Ok(Path::new(TREE).join(format!("system.slice/funtainer-{}.scope", service.id()?)))
     })
 }
