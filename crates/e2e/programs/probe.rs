@@ -2,6 +2,7 @@
 
 #[path = "../../../examples/hello/http.rs"]
 mod http;
+mod appetite;
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -91,7 +92,7 @@ fn answer(connection: &mut Connection, head: Head) -> io::Result<()> {
             "logged\n".to_owned()
         }
         "/exit" => process::exit(query.parse().unwrap_or(0)),
-        _ => "probe\n".to_owned(),
+        path => appetite::answer(path, query).unwrap_or_else(|| "probe\n".to_owned()),
     };
     connection.answer(&head, "200 OK", text.as_bytes())
 }

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use crate::wait;
+
 /// How long any read or write may take before it is a failure of the server.
 const IO_TIMEOUT: Duration = Duration::from_secs(90);
 
@@ -80,7 +82,7 @@ impl Connection {
             }
             Endpoint::Unix(path) => Stream::Unix(UnixStream::connect(path)?),
         };
-        stream.limit(IO_TIMEOUT)?;
+        stream.limit(wait::patient(IO_TIMEOUT))?;
         Ok(Self { stream: BufReader::with_capacity(16 * 1024, stream) })
     }
 

@@ -108,13 +108,14 @@ impl Running {
         let Some(status) = wait::exited(&mut self.child, limit)? else {
             self.child.kill()?;
             self.child.wait()?;
-            let said = [&self.stdout, &self.stderr].map(|pipe| pipe.recv_timeout(OUTPUT_GRACE).unwrap_or_default());
+            let said =
+                [&self.stdout, &self.stderr].map(|pipe| pipe.recv_timeout(wait::patient(OUTPUT_GRACE)).unwrap_or_default());
             bail!("{}\nstill ran after {limit:?}\n{}", self.name, String::from_utf8_lossy(&said.concat()));
         };
         let took = self.started.elapsed();
         let held = || format!("{}\nended, but somebody holds its output open", self.name);
-        let stdout = self.stdout.recv_timeout(OUTPUT_GRACE).with_context(held)?;
-        let stderr = self.stderr.recv_timeout(OUTPUT_GRACE).with_context(held)?;
+        let stdout = self.stdout.recv_timeout(wait::patient(OUTPUT_GRACE)).with_context(held)?;
+        let stderr = self.stderr.recv_timeout(wait::patient(OUTPUT_GRACE)).with_context(held)?;
         Ok(Finished { status, stdout, stderr, took })
     }
 }

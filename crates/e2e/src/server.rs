@@ -104,7 +104,7 @@ impl Server {
             .spawn()
             .with_context(|| format!("cannot start {}", program.display()))?;
         let stdout = lines(child.stdout.take().context("no standard output")?);
-        let address = match stdout.recv_timeout(READY_LIMIT) {
+        let address = match stdout.recv_timeout(wait::patient(READY_LIMIT)) {
             Ok(line) => line.strip_prefix("listening on http://").and_then(|address| address.parse().ok()),
             Err(_) => None,
         };

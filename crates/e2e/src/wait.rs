@@ -1,7 +1,10 @@
 //! Waiting for an event, never for a time: everything returns as soon as the thing has happened, and fails when the deadline has passed.
+//!
+//! Limits are for an ordinary machine. `FUNTAINER_TEST_PATIENCE`, a whole number, multiplies them all where everything is slower by that much.
 
 use std::os::fd::AsFd;
 use std::process::{Child, ExitStatus};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -13,9 +16,19 @@ const PAUSE_MIN: Duration = Duration::from_millis(1);
 /// ... which doubles up to this one.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
 
+/// A limit as it is on this machine. What waits here does that itself.
+pub fn patient(limit: Duration) -> Duration {
+    static FACTOR: OnceLock<u32> = OnceLock::new();
+    limit
+        * *FACTOR.get_or_init(|| match std::env::var("FUNTAINER_TEST_PATIENCE") {
+            Ok(factor) => factor.parse().expect("FUNTAINER_TEST_PATIENCE is a whole number"),
+            Err(_) => 1,
+        })
+}
+
 /// Looks until `probe` finds something; the error after `limit` names `what` and the last failure of the probe.
 pub fn until<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let start = Instant::now();
+    let (start, limit) = (Instant::now(), patient(limit));
     let mut pause = PAUSE_MIN;
     loop {
         let failure = match probe() {
@@ -51,7 +64,7 @@ pub fn exited(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> 
 
 /// Waits until a descriptor is readable: false after `limit`.
 pub fn readable(fd: &impl AsFd, limit: Duration) -> Result<bool> {
-    let deadline = Instant::now() + limit;
+    let deadline = Instant::now() + patient(limit);
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };

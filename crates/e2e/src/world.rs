@@ -1,6 +1,7 @@
 //! The world of one test: made for it, and put away after it whatever happened.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 
@@ -75,6 +76,11 @@ impl World {
         &self.scope
     }
 
+    /// The ids of the processes of this world, those in containers with the rest.
+    pub fn members(&self) -> Result<BTreeSet<i32>> {
+        self.subject().members()
+    }
+
     /// Starts a server with a new data directory on a free port.
     pub fn serve(&self) -> Result<Server> {
         self.serve_at(&self.places(), "127.0.0.1:0")
@@ -122,8 +128,8 @@ impl World {
     /// Whose leaks are looked for: those of every server that was started here.
     pub fn subject(&self) -> Subject<'_> {
         let servers = self.servers.borrow();
-        let data: std::collections::BTreeSet<PathBuf> = servers.iter().map(|served| served.places.data.clone()).collect();
-        let admin: std::collections::BTreeSet<PathBuf> = servers.iter().map(|served| served.places.admin.clone()).collect();
+        let data: BTreeSet<PathBuf> = servers.iter().map(|served| served.places.data.clone()).collect();
+        let admin: BTreeSet<PathBuf> = servers.iter().map(|served| served.places.admin.clone()).collect();
         Subject {
             scope: Some(&self.scope),
             data: data.into_iter().collect(),

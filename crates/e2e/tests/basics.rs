@@ -273,7 +273,9 @@ fn a_full_queue_refuses_and_says_when_to_come_back() -> Result<()> {
 fn calls_and_memory_are_limited() -> Result<()> {
     scenario(|world| {
         let server = world.serve()?;
-        server.deploy("probe", &catalog::probe(&[], &[])?, &["--timeout", "1s", "--memory", "64M"])?;
+        // Long enough for 64 MiB to be used up, however slow the machine is.
+        let timeout = format!("{}s", wait::patient(Duration::from_secs(1)).as_secs());
+        server.deploy("probe", &catalog::probe(&[], &[])?, &["--timeout", &timeout, "--memory", "64M"])?;
         let slow = server.call("GET", "/function/probe/slow?60000", &[("Accept", "application/json")], b"")?.expect(504)?;
         ensure!(slow.json()?["code"] == "call-timeout", "{slow:?}");
         let greedy = server.call("GET", "/function/probe/allocate?500", &[("Accept", "application/json")], b"")?.expect(502)?;

@@ -14,7 +14,7 @@ use funtainer_e2e::process::{self, Finished};
 use serde_json::Value;
 
 /// It takes milliseconds; the machine may be busy.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 /// A user that owns nothing.
 const NOBODY: u32 = 65_534;
 
@@ -81,7 +81,9 @@ fn root_is_told_what_there_is() -> Result<()> {
     is_well_formed(&report)?;
     ensure!(finished.code()? == 0 && report["sound"] == true, "{report:#}");
     ensure!(report["server_of"] == "root" && report["data"] == data.to_str().context("text")?, "{report:#}");
-    for feature in ["user namespaces", "seccomp", "data directory", "erofs layers", "overlay", "interface", "open files"] {
+    for feature in
+        ["user namespaces", "seccomp", "data directory", "erofs layers", "overlay", "interface", "nf_tables", "open files"]
+    {
         ensure!(finding(&report, feature)?["state"] != "missing", "{report:#}");
     }
     // The same for people.

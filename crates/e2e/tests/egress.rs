@@ -500,6 +500,8 @@ fn the_network_process_is_killed() -> Result<()> {
         let server = serve(world)?;
         let one = Dialer::deploy(&server, "one", &["--min", "1", "--egress", &format!("{}:80", METADATA[0])])?;
         let two = Dialer::deploy(&server, "two", &["--min", "1"])?;
+        let only = ["--min", "1", "--network", "off", "--egress", &format!("{OUTSIDE}:80")];
+        let only = Dialer::deploy(&server, "only", &only)?;
         let (_, neighbour) = two.inside()?;
         for _ in 0..3 {
             let net = net_pid(&server)?;
@@ -513,9 +515,29 @@ fn the_network_process_is_killed() -> Result<()> {
             one.misses("tcp", METADATA[0], 443)?;
             two.reaches("tcp", OUTSIDE, 80)?;
             two.misses("tcp", METADATA[0], 80)?;
+            only.reaches("tcp", OUTSIDE, 80)?;
+            only.misses("tcp", OUTSIDE, 443)?;
             server.ok(["scale", "two", "1"])?;
         }
         Ok(())
+    })
+}
+
+#[test]
+fn a_packet_filter_that_is_emptied_is_filled_again() -> Result<()> {
+    on_a_machine(|world, _| {
+        let server = serve(world)?;
+        let only = ["--min", "1", "--network", "off", "--egress", &format!("{OUTSIDE}:80")];
+        let only = Dialer::deploy(&server, "only", &only)?;
+        only.reaches("tcp", OUTSIDE, 80)?;
+        // What `systemctl reload nftables` does.
+        shell("nft flush ruleset")?;
+        wait::until_true("the table is back", LIMIT, || Ok(shell("nft list tables")?.contains("funtainer")))?;
+        only.reaches("tcp", OUTSIDE, 80)?;
+        only.misses("tcp", OUTSIDE, 443)?;
+        only.misses("tcp", HOST, HOST_PORT)?;
+        server.ok(["scale", "only", "3"])?;
+        only.reaches("tcp", OUTSIDE, 80)
     })
 }
 

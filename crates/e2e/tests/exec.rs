@@ -173,7 +173,7 @@ fn a_terminal_behaves_like_one() -> Result<()> {
         // Without -i nothing is typed to it, and Ctrl-C is for this program, which passes it on.
         let mut session =
             Session::start(&server.command(["exec", "f", "-t", "--", "sh", "-c", "busybox tty; exec sleep 76545"]), 24, 80)?;
-        session.expect("/dev/pts/0\r\n", LIMIT)?;
+        session.expect("/dev/pts/0\r", LIMIT)?;
         ensure!(session.is_in_order()?);
         wait::until_true("the sleep runs", LIMIT, || runs(world, "sleep 76545"))?;
         session.keys("\u{3}")?;
@@ -182,7 +182,7 @@ fn a_terminal_behaves_like_one() -> Result<()> {
         // Much output comes whole.
         let script = "dd if=/dev/zero bs=1000 count=1000 2>/dev/null | tr '\\0' x; echo; echo la''st";
         let mut session = Session::start(&server.command(["exec", "f", "-t", "--", "sh", "-c", script]), 24, 80)?;
-        let all = session.expect("\nlast\r\n", LIMIT)?;
+        let all = session.expect("\nlast\r", LIMIT)?;
         ensure!(all.matches('x').count() == 1_000_000, "{} of a million", all.matches('x').count());
         session.finish(LIMIT)?;
         Ok(())

@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 use funtainer_e2e::image::{Compression, Config, Image, Tree, catalog, program};
 use funtainer_e2e::registry::Registry;
 use funtainer_e2e::server::Server;
+use funtainer_e2e::wait;
 use funtainer_e2e::world::scenario;
 use serde_json::{Value, json};
 
@@ -107,7 +108,7 @@ fn a_server_that_never_listens() -> Result<()> {
         ensure!(answer["code"] == "start-timeout", "{answer}");
         mentions(&answer.to_string(), &["--port"])?;
         server.refused(["describe", "never"], 1, "function-unknown")?;
-        let left: Vec<_> = world.scope().members()?.into_iter().collect();
+        let left: Vec<_> = world.members()?.into_iter().collect();
         for pid in left {
             let title = funtainer_e2e::leak::parse::process(pid)?.map(|process| process.title).unwrap_or_default();
             ensure!(!title.contains("sleep 100000"), "the failed instance still runs");
@@ -219,7 +220,7 @@ fn a_deaf_process_is_killed() -> Result<()> {
         let pids = server.init_pids("deaf")?;
         let start = std::time::Instant::now();
         server.ok(["scale", "deaf", "0"])?;
-        ensure!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
+        ensure!(start.elapsed() < wait::patient(Duration::from_secs(15)), "{:?}", start.elapsed());
         for pid in pids {
             ensure!(funtainer_e2e::leak::parse::process(pid)?.is_none(), "{pid} is not reaped");
         }

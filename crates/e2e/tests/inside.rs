@@ -193,7 +193,7 @@ fn a_fork_bomb_stays_inside_and_can_be_ended() -> Result<()> {
         let head = connection.head()?;
         ensure!(connection.first_piece(&head)?.as_deref() == Some(&b"planted\n"[..]));
         let count = || -> Result<usize> {
-            let members = world.scope().members()?;
+            let members = world.members()?;
             let all = members.iter().filter_map(|pid| parse::process(*pid).transpose()).collect::<Result<Vec<_>>>()?;
             Ok(all.iter().filter(|process| process.title == "sleep 77777").count())
         };

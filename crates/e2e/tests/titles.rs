@@ -12,7 +12,7 @@ fn every_process_says_what_it_is() -> Result<()> {
         server.deploy("hello", &catalog::hello()?, &[])?;
         server.deploy("with-arguments", &catalog::probe(&[], &[])?, &["--arg", "a b", "--arg", "c"])?;
         let mut all = Vec::new();
-        for pid in world.scope().members()? {
+        for pid in world.members()? {
             all.extend(parse::process(pid)?);
         }
         let find = |title: &str, parent: i32| -> Result<&Process> {

@@ -1,6 +1,7 @@
 //! Time from a daemon's `Start` to the first byte that the image's process writes, back to back and after 100 ms of quiet.
 //!
-//! `cargo run --release -p funtainer-sandbox --example start_bench`; needs root, busybox-static and erofs-utils. The image's process is
+//! `cargo run --release -p funtainer-sandbox --example start_bench`; needs root, busybox-static and erofs-utils, and a directory for temporary
+//! files (`TMPDIR`) on a disk. With `KEEPER_HOST_OLDEST` set, layers are mounted and stacked as on the oldest kernels. The image's process is
 //! `busybox echo`, with its streams as a call's.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -85,10 +86,7 @@ impl Bench {
         let mut line = String::new();
         BufReader::new(bench.keeper.stdout.take().expect("piped")).read_line(&mut line).expect("its line");
         let layer = LayerId { diff_id: Digest::from_sha256([1; 32]), base: true };
-        // The keeper takes layers of its daemon only, to whom the store belongs.
-        let daemon = std::fs::metadata(directory.join("data/store")).expect("look at the store");
-        std::os::unix::fs::chown(image, Some(daemon.uid()), Some(daemon.gid())).expect("give the image to the daemon");
-        let file = std::fs::File::open(image).expect("open the image");
+        let file = bench.stage(image);
         let number = bench.send(&Request::CommitLayer { layer }, &[file.as_fd()]);
         assert_eq!(bench.answer(number), Reply::Done);
         for sockets in [false, true] {
@@ -116,6 +114,23 @@ impl Bench {
             assert_eq!(opened, Reply::Done);
         }
         bench
+    }
+
+    /// Puts an image where the daemon has its own, as it would: the keeper takes files of its daemon's, by the daemon's mount, only.
+    fn stage(&self, image: &Path) -> std::fs::File {
+        let keeper = self.keeper.id();
+        let children = std::fs::read_to_string(format!("/proc/{keeper}/task/{keeper}/children")).expect("look at the keeper");
+        let is_daemon = |pid: &&str| {
+            let title = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            title.split(|byte| *byte == 0).any(|word| word == b"daemon")
+        };
+        let daemon = children.split_whitespace().find(is_daemon).expect("the daemon runs");
+        let store = PathBuf::from(format!("/proc/{daemon}/root/data/store"));
+        let staged = store.join("staged");
+        std::fs::copy(image, &staged).expect("copy the image");
+        let owner = std::fs::metadata(store).expect("look at the store");
+        std::os::unix::fs::chown(&staged, Some(owner.uid()), Some(owner.gid())).expect("give the image to the daemon");
+        std::fs::File::open(staged).expect("open the image")
     }
 
     fn send(&mut self, request: &Request, descriptors: &[std::os::fd::BorrowedFd<'_>]) -> u32 {

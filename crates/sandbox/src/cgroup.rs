@@ -37,7 +37,7 @@ pub use view::ViewName;
 pub(crate) use view::tree;
 
 /// How many controllers an instance may have a group in.
-pub(crate) const GROUPS_MAX: usize = v1::CONTROLLERS.len();
+const GROUPS_MAX: usize = v1::CONTROLLERS.len();
 /// Longest file of a group that is read: `memory.stat` and the like are never asked for, lists of processes are read whole elsewhere.
 const FILE_BYTES_MAX: usize = 4096;
 /// The share of the processors that every group has unless told otherwise.

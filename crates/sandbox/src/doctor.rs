@@ -11,6 +11,7 @@ mod files;
 mod groups;
 mod kernel;
 mod modules;
+mod network;
 mod process;
 mod users;
 
@@ -25,6 +26,8 @@ pub enum Area {
     Files,
     /// Limits and accounts of instances.
     ControlGroups,
+    /// The way out of instances.
+    Network,
     /// What the server's own process may have.
     Process,
     /// The server of an ordinary user.
@@ -33,7 +36,8 @@ pub enum Area {
 
 impl Area {
     /// All, in the order of a report.
-    pub const ALL: [Self; 5] = [Self::Kernel, Self::Files, Self::ControlGroups, Self::Process, Self::OrdinaryUsers];
+    pub const ALL: [Self; 6] =
+        [Self::Kernel, Self::Files, Self::ControlGroups, Self::Network, Self::Process, Self::OrdinaryUsers];
 
     /// In words.
     pub const fn name(self) -> &'static str {
@@ -41,6 +45,7 @@ impl Area {
             Self::Kernel => "kernel",
             Self::Files => "files and layers",
             Self::ControlGroups => "control groups",
+            Self::Network => "network",
             Self::Process => "the server's process",
             Self::OrdinaryUsers => "ordinary users",
         }
@@ -153,6 +158,9 @@ pub fn examine(data: &Path) -> Report {
         findings.extend(files::of_user(data));
     }
     findings.extend(groups::look(root));
+    if root {
+        findings.extend(network::look());
+    }
     findings.extend(process::look());
     findings.extend(users::look(root));
     Report { root, findings }

@@ -67,7 +67,7 @@ pub(crate) struct Prepared {
     working_dir_parents: Vec<Place>,
     /// Upper ones first.
     extras: Vec<Extra>,
-    /// Where control groups are seen, below the root.
+    /// Where control groups are seen, in the zygote's root.
     views: Vec<CString>,
     /// Whether all of them lie in one tree of the zygote's.
     view_tree: bool,
@@ -178,7 +178,7 @@ impl Prepared {
             working_dir: c_string(&spec.working_dir),
             working_dir_parents: places(&spec.working_dir),
             extras: Extra::all(spec),
-            views: views.iter().map(|name| c_string(&[VIEWS.to_bytes(), b"/", name.to_bytes()].concat())).collect(),
+            views: views.iter().map(view_place).collect(),
             view_tree: has_view_tree(views),
             shm_bytes: spec
                 .isolation
@@ -215,6 +215,12 @@ impl Prepared {
     }
 }
 
+/// Where an init puts a view before it changes its root.
+fn view_place(name: &ViewName) -> CString {
+    let parts = [ROOT_PLACE.to_bytes(), VIEWS.to_bytes()].into_iter().chain((!name.is_empty()).then_some(name.to_bytes()));
+    c_string(&parts.collect::<Vec<_>>().join(&b'/'))
+}
+
 /// Whether views lie in a directory, rather than one in its place.
 pub(crate) fn has_view_tree(views: &[ViewName]) -> bool {
     views.iter().any(|name| !name.is_empty())
@@ -240,8 +246,8 @@ pub(crate) struct Start<'a> {
     pub(crate) daemon: OwnedFd,
     /// Standard input, output and error. What is not given is the terminal, where the instance has one, else `/dev/null`.
     pub(crate) streams: [Option<OwnedFd>; 3],
-    /// Views of the cgroups, as many as the specification has names for.
-    pub(crate) views: [Option<OwnedFd>; cgroup::GROUPS_MAX],
+    /// The instance's cgroups in the zygote's views, as many as it has names for.
+    pub(crate) views: &'a [CString],
     /// Doors of the cgroups.
     pub(crate) doors: Doors,
     /// Where the main process's wait status goes.
@@ -276,7 +282,7 @@ pub(crate) fn run(prepared: &Prepared, start: Start<'_>) -> ! {
     let _ = crate::title::set_name(c"funtainer-init");
     let status = start.status;
     let Start { root, daemon, streams, views, doors, network, .. } = start;
-    let main = set_up(prepared, root, daemon.as_fd(), &views, doors, network)
+    let main = set_up(prepared, root, daemon.as_fd(), views, doors, network)
         .and_then(|own| execute(prepared, streams.each_ref().map(|given| given.as_ref().unwrap_or(&own).as_fd())));
     let message = match &main {
         Ok(_) => InitMessage::Executed,
@@ -312,7 +318,7 @@ fn set_up(
     prepared: &Prepared,
     root: OwnedFd,
     daemon: BorrowedFd<'_>,
-    views: &[Option<OwnedFd>],
+    views: &[CString],
     doors: Doors,
     network: netns::Prepared,
 ) -> Result<OwnedFd, Failed> {
@@ -385,7 +391,7 @@ fn enter_cgroup(doors: Doors) -> Result<(), Failed> {
 }
 
 /// The root file system with all that lies in it; this process is in it afterwards.
-fn mounts(prepared: &Prepared, root: OwnedFd, views: &[Option<OwnedFd>]) -> Result<(), Failed> {
+fn mounts(prepared: &Prepared, root: OwnedFd, views: &[CString]) -> Result<(), Failed> {
     let failed = during(InitStep::Mounts);
     let open = |path: &CStr| {
         rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(at(InitStep::Mounts))
@@ -414,8 +420,9 @@ fn mounts(prepared: &Prepared, root: OwnedFd, views: &[Option<OwnedFd>]) -> Resu
     if prepared.view_tree {
         mount::move_tree(VIEW_TREE, place(VIEWS)?.as_fd()).map_err(&failed)?;
     }
-    for (name, view) in prepared.views.iter().zip(views.iter().flatten()) {
-        mount::attach(view.as_fd(), place(name)?.as_fd()).map_err(&failed)?;
+    // The ways lead through mounts of ours alone: `/sys` lies over whatever the image has.
+    for (place, view) in prepared.views.iter().zip(views) {
+        mount::bind(view, place).map_err(&failed)?;
     }
     mount::pivot(root.as_fd()).map_err(&failed)?;
     mount::mask_all().map_err(&failed)

@@ -379,9 +379,7 @@ impl Keeper {
     fn serve(&mut self) -> Result<Ended, KeeperError> {
         self.start_unpackers();
         let mut events = Vec::with_capacity(EVENTS);
-        if self.settings.network.on {
-            self.start_net();
-        }
+        self.open_net();
         loop {
             self.spent.clear();
             self.tick_networks(Instant::now())?;

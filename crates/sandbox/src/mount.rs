@@ -27,7 +27,7 @@ pub(crate) mod probe;
 mod workshop;
 
 pub use inside::{
-    DEVICES, MASKED, READ_ONLY, attach, bind_file, device_tree, make_private, mask_all, move_tree, part, pivot,
+    DEVICES, MASKED, READ_ONLY, attach, bind, bind_file, device_tree, make_private, mask_all, move_tree, part, pivot,
     remount_read_only, remount_tree_read_only, seal, set_read_only, target, view,
 };
 pub use layers::{Mounted, Mounts, Writable};
@@ -106,12 +106,15 @@ pub fn sysfs() -> Result<OwnedFd, StepError> {
     create(&open(c"sysfs", "fsopen sysfs")?, INERT | MountAttrFlags::MOUNT_ATTR_RDONLY, "create a sysfs")
 }
 
+/// Most terminals of an instance: the kernel has some 3,000 for all (sysctl `kernel.pty.max` less `kernel.pty.reserve`).
+const TERMINALS_MAX: &CStr = c"256";
+
 /// A new devpts with a `ptmx` of its own that everybody may open; terminals belong to group 5 (`tty` in all distributions) where `ids` has it.
 ///
 /// Neither allocates nor locks: may be called between clone and exec.
 pub fn devpts(ids: IdRange) -> Result<OwnedFd, StepError> {
     let context = open(c"devpts", "fsopen devpts")?;
-    for (key, value) in [(c"ptmxmode", c"0666"), (c"mode", c"0620"), (c"gid", c"5")] {
+    for (key, value) in [(c"ptmxmode", c"0666"), (c"mode", c"0620"), (c"gid", c"5"), (c"max", TERMINALS_MAX)] {
         if key == c"gid" && ids.count <= TTY_GROUP {
             continue;
         }

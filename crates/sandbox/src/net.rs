@@ -17,6 +17,7 @@ mod firewall;
 mod foreign;
 mod host;
 mod link;
+pub(crate) mod look;
 mod messages;
 mod netlink;
 mod nft;
@@ -238,6 +239,7 @@ struct Net {
     firewall: Firewall,
     addresses: Addresses,
     pinned: HashMap<u32, Pinned>,
+    policies: HashMap<u32, Policy>,
     /// Interfaces that forward for us alone, as the table knows them.
     forwarding: Vec<u32>,
     /// Largest packet.
@@ -271,6 +273,7 @@ impl Net {
             firewall,
             addresses: Addresses::new(range),
             pinned: HashMap::new(),
+            policies: told.policies,
             forwarding: Vec::new(),
             mtu: 1500,
             plugs: VecDeque::new(),
@@ -278,7 +281,7 @@ impl Net {
             said: BTreeSet::new(),
             look_again: None,
         };
-        match net.install(told) {
+        match net.take_over(told.adopted) {
             Ok(()) => Ok(net),
             Err(refusal) => {
                 if plan.resumed.is_none() {
@@ -290,8 +293,8 @@ impl Net {
     }
 
     /// The table with what is in use; other interfaces of ours go.
-    fn install(&mut self, told: Told) -> Result<(), Refusal> {
-        for (plug, address) in told.adopted {
+    fn take_over(&mut self, adopted: Vec<(Plug, Ipv4Addr)>) -> Result<(), Refusal> {
+        for (plug, address) in adopted {
             let index = link::index_of(&self.route, &HostName::of(address).to_string());
             if !self.addresses.note(plug.network, address) {
                 continue;
@@ -302,12 +305,30 @@ impl Net {
                 self.pinned.insert(network, Pinned { index, address, policy, resolvers });
             }
         }
-        let policies = told.policies.iter().map(|(number, policy)| (*number, policy));
-        self.firewall.install(policies, self.pinned.values(), &[])?;
+        self.install()?;
         let used: BTreeSet<Ipv4Addr> = self.pinned.values().map(|pinned| pinned.address).collect();
         remove_interfaces(&mut self.route, self.range, &used).map_err(|errno| lacking("remove interfaces", errno))?;
         self.look();
         Ok(())
+    }
+
+    fn install(&mut self) -> Result<(), Failed> {
+        let policies = self.policies.iter().map(|(number, policy)| (*number, policy));
+        self.firewall.install(policies, self.pinned.values(), &self.forwarding)
+    }
+
+    /// Makes the table anew if somebody has removed it, as a firewall does that is loaded anew: without it nothing is closed.
+    fn stand(&mut self) {
+        let stood = self.firewall.stands().and_then(|stands| {
+            if stands {
+                return Ok(());
+            }
+            (self.log)("other software has removed the table of the packet filter: it is made anew");
+            self.install()
+        });
+        if let Err(Failed { what, errno }) = stood {
+            (self.log)(&format!("nf_tables refuses {what}: {errno}"));
+        }
     }
 
     /// Until the keeper is gone.
@@ -328,6 +349,9 @@ impl Net {
             let [orders, routes, filters] = polled.map(|polled| !polled.revents().is_empty());
             if orders && self.read(keeper).is_none() {
                 break;
+            }
+            if filters {
+                self.stand();
             }
             if routes || filters {
                 route.clear();
@@ -375,6 +399,7 @@ impl Net {
                     // Its networks cannot be pinned then, which is reported of each.
                     (self.log)(&format!("nf_tables refuses {what}: {errno}"));
                 }
+                self.policies.insert(number, policy);
             }
             Order::Unplug(network) if self.plugs.iter().any(|waiting| waiting.plug.network == network) => {
                 self.plugs.retain(|waiting| waiting.plug.network != network);
@@ -437,6 +462,7 @@ impl Net {
         match self.later.pop_front() {
             Some(Order::Unplug(network)) => self.unplug(network),
             Some(Order::RemovePolicy(number)) => {
+                self.policies.remove(&number);
                 if let Err(Failed { errno, .. }) = self.firewall.remove_policy(number) {
                     (self.log)(&format!("the rules of a revision cannot be removed: {errno}"));
                 }

@@ -4,8 +4,9 @@
 //! kind u8 │ zero u8 × 3 │ value i32 │ instance or command 16 bytes │ of the failures: text, at most 96 bytes
 //!                                                                  │ of Exited: memory u64 │ processor time u64 │ full u8
 //! ```
-//! Networks have numbers, the keeper's to give, from 1 on. Descriptors of `SetUp`: a view of the seat, if zygotes have one. Of `Spawn`: root
-//! file system, init pair, stdin where it is given, stdout, stderr, the views of the cgroups, then the entrance to them. `MoreSockets`: the pair.
+//! Networks have numbers, the keeper's to give, from 1 on. Descriptors of `SetUp`: the views of what instances' cgroups are made in, then of the
+//! seat, if zygotes have one. Of `Spawn`: root file system, init pair, stdin where it is given, stdout, stderr, then the entrance to the cgroups.
+//! `MoreSockets`: the pair.
 //! `Exec`: a sealed memory file with the `Exec` request, the command's pair, its three streams unless it has a terminal, the namespaces of
 //! [`NAMESPACES`], then the entrance. The entrance is the directory of the cgroup to be born in (value 1), or the doors of the cgroups to enter
 //! (value 0); `Spawn` adds twice the network's number to the value. `Spawned`: the init's pidfd. `Network`: its handle, then a socket of

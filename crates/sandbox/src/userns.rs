@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::io::Errno;
 use rustix::process::{Gid, Uid};
-use rustix::thread::{CapabilitySet, CapabilitySets};
+use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 
 use crate::clone::{Cloned, clone3};
 use crate::fds::{Exit, pidfd_reap, pidfd_signal};
@@ -185,6 +185,42 @@ pub fn no_new_privs() -> Result<(), StepError> {
 /// One system call: may be called between clone and exec.
 pub fn not_dumpable() -> Result<(), StepError> {
     rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable).map_err(at("set not dumpable"))
+}
+
+/// While it lives, this process has another effective user id, with all its capabilities: a user namespace that is made now belongs to that id.
+///
+/// What the kernel counts by user (signals that wait, message queues, locked memory, processes, namespaces) it counts twice for those inside a
+/// user namespace: for their own id, and for the owner of the namespace. If all namespaces belonged to root, then one function could use up
+/// what all functions, and the host's root, may have of these.
+#[derive(Debug)]
+pub(crate) struct Owner {
+    former: Uid,
+    bits: CapabilitiesSecureBits,
+}
+
+impl Owner {
+    /// Takes the id on. Needs CAP_SETUID and CAP_SETPCAP.
+    pub(crate) fn assume(id: u32) -> Result<Self, Errno> {
+        let bits = rustix::thread::capabilities_secure_bits()?;
+        // Without the bit a change of ids takes the capabilities away.
+        rustix::thread::set_capabilities_secure_bits(bits | CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
+        let owner = Self { former: rustix::process::geteuid(), bits };
+        effective(Uid::from_raw(id))?;
+        Ok(owner)
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        // Neither is refused to a process that has its capabilities.
+        let back = effective(self.former).and_then(|()| rustix::thread::set_capabilities_secure_bits(self.bits));
+        assert!(back.is_ok(), "the ids of the keeper cannot be restored: {back:?}");
+    }
+}
+
+/// Changes the effective id of the calling thread only.
+fn effective(id: Uid) -> Result<(), Errno> {
+    rustix::thread::set_thread_res_uid(None, id, None)
 }
 
 /// A child in a new user namespace that does nothing; killed and reaped when dropped.

@@ -13,6 +13,7 @@
 //! Its root holds an empty directory for an instance's root, a whole `/proc` and `/sys` (an init may mount its own only where it sees a whole
 //! one), and the tree of `/dev`. Instances get copies of that mount namespace, so it is kept small.
 
+use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::AssertUnwindSafe;
 use std::ptr::NonNull;
@@ -25,12 +26,13 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
-use crate::cgroup::{self, GROUPS_MAX, ViewName};
+use crate::cgroup::{self, ViewName};
 use crate::clone::{Cloned, clone3_into};
 use crate::fds::{self, Fds};
 use crate::init::{self, FULL, NO_STATUS, Prepared, RUNNING, Start};
 use crate::mount::{self, Tmpfs};
 use crate::orders::{DATAGRAM_BYTES, End, NAMESPACES, Order, Report};
+use crate::program::c_string;
 use crate::protocol::{ExecSpec, MESSAGE_BYTES_MAX, Request, RevisionSpec, SocketCounts, Streams};
 use crate::seccomp::{self, Filter};
 use crate::signals::{self, Reaped, SignalSet};
@@ -49,6 +51,8 @@ const OWN_NAMESPACES: i32 = libc::CLONE_NEWUSER | libc::CLONE_NEWPID | libc::CLO
 const INIT_NAMESPACES: i32 = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWUTS | libc::CLONE_NEWIPC;
 /// The number at which a zygote's socket stands.
 const SOCKET: i32 = 3;
+/// Where its root has the views of what instances' control groups are made in, by their numbers.
+const VIEWS: &str = "/groups";
 /// Room of the zygote's root: it holds names only.
 const ROOT_BYTES: u64 = 64 << 10;
 
@@ -66,7 +70,7 @@ pub(crate) struct Plan<'a> {
     pub(crate) processes: Option<u32>,
     /// The control group that it is born in, where it has one.
     pub(crate) group: Option<BorrowedFd<'a>>,
-    /// Where instances see their control groups; a mount for each comes with a start.
+    /// Where instances see their control groups; a view for each comes with the order to set up.
     pub(crate) views: Vec<ViewName>,
 }
 
@@ -82,10 +86,14 @@ pub(crate) struct Forked {
 /// # Safety
 /// No other thread may run in this process.
 pub(crate) unsafe fn fork(plan: &Plan<'_>) -> Result<Forked, Errno> {
+    let owner = userns::Owner::assume(plan.ids.base)?;
     // SAFETY: the caller promises one thread; the child ends in `live`, which does not return.
-    match unsafe { clone3_into(OWN_NAMESPACES, plan.group) }? {
+    let cloned = unsafe { clone3_into(OWN_NAMESPACES, plan.group) };
+    match cloned? {
         Cloned::Parent { pid, pidfd } => Ok(Forked { pid, pidfd }),
         Cloned::Child => {
+            // Its ids are those of its own namespace from here on.
+            std::mem::forget(owner);
             // A panic must not unwind into the keeper's frames.
             let _ = std::panic::catch_unwind(AssertUnwindSafe(|| live(plan)));
             exit()
@@ -106,11 +114,11 @@ fn live(plan: &Plan<'_>) {
     // SAFETY: the line above put the socket there, nothing else owns the number, and the process lives no longer than this function.
     let socket = unsafe { BorrowedFd::borrow_raw(SOCKET) };
     let mut buffer = [0_u8; DATAGRAM_BYTES];
-    let seat = match fds::receive(socket, &mut buffer, RecvFlags::empty()) {
-        Ok(Some(mut received)) if Order::decode(&buffer[..received.bytes]) == Some(Order::SetUp) => received.fds.take(0),
+    let views = match fds::receive(socket, &mut buffer, RecvFlags::empty()) {
+        Ok(Some(received)) if Order::decode(&buffer[..received.bytes]) == Some(Order::SetUp) => received.fds,
         _ => return,
     };
-    let mut zygote = match Zygote::set_up(plan, socket, seat) {
+    let mut zygote = match Zygote::set_up(plan, socket, views) {
         Ok(zygote) => zygote,
         Err(StepError { step, errno }) => {
             // Without a reader nobody wants to know.
@@ -180,7 +188,7 @@ struct Zygote<'a> {
     signals: OwnedFd,
     prepared: Prepared,
     streams: Streams,
-    /// How many views of control groups come with a start.
+    /// How many views of control groups there are.
     views: usize,
     sockets: SocketCounts,
     statuses: Statuses,
@@ -197,7 +205,7 @@ struct Zygote<'a> {
 }
 
 impl<'a> Zygote<'a> {
-    fn set_up(plan: &Plan<'_>, socket: BorrowedFd<'a>, seat: Option<OwnedFd>) -> Result<Self, StepError> {
+    fn set_up(plan: &Plan<'_>, socket: BorrowedFd<'a>, views: Fds) -> Result<Self, StepError> {
         userns::become_root()?;
         // With all that are forked from here: nobody below opens their `/proc/PID/exe`, memory or descriptors.
         userns::not_dumpable()?;
@@ -207,7 +215,7 @@ impl<'a> Zygote<'a> {
         let signals = signals::descriptor(&children).map_err(at("make a signalfd"))?;
         // Before the mounts: a sysfs belongs to a network namespace, and may be mounted by who owns that.
         let spare = Some(new_network()?);
-        minimal_root(&plan.views, seat)?;
+        minimal_root(&plan.views, views)?;
         let limit = rustix::fs::open("/proc/sys/user/max_user_namespaces", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
         limit.and_then(|file| rustix::io::write(file, b"0")).map_err(at("forbid nested user namespaces"))?;
         let prepared = Prepared::new(plan, Filter::compile(&seccomp::DEFAULT));
@@ -400,21 +408,18 @@ impl<'a> Zygote<'a> {
             Streams::Call => [Some(next()?), Some(next()?), Some(next()?)],
             Streams::Terminal(_) => [None, None, None],
         };
-        let mut views = [const { None }; GROUPS_MAX];
-        for view in views.iter_mut().take(self.views) {
-            *view = Some(next()?);
-        }
         let group = if born { Some(next()?) } else { None };
         let network = self.network(network)?;
         let Some(place) = self.statuses.take() else {
             return Err(StepError { step: "find a place for a wait status", errno: Errno::USERS });
         };
         let status = self.statuses.at(place);
+        let views: Vec<CString> = (0..self.views).map(|index| c_string(format!("{VIEWS}/{index}/{id}").as_bytes())).collect();
         let prepared = network.prepared;
         // SAFETY: this process has one thread, and the child ends in `init::run`, which does not return.
         match unsafe { clone3_into(INIT_NAMESPACES, group.as_ref().map(AsFd::as_fd)) } {
             Ok(Cloned::Child) => {
-                let start = Start { root, daemon, streams, views, doors: descriptors, status, network: prepared };
+                let start = Start { root, daemon, streams, views: &views, doors: descriptors, status, network: prepared };
                 // A panic must not unwind into the zygote's frames.
                 let _ = std::panic::catch_unwind(AssertUnwindSafe(|| init::run(&self.prepared, start)));
                 exit()
@@ -560,7 +565,7 @@ fn new_network() -> Result<Network, StepError> {
 }
 
 /// Builds the zygote's root on the place of the host's `/sys`, which every machine has, and moves into it.
-fn minimal_root(views: &[ViewName], seat: Option<OwnedFd>) -> Result<(), StepError> {
+fn minimal_root(names: &[ViewName], mut views: Fds) -> Result<(), StepError> {
     mount::make_private()?;
     // While the host's whole ones are in sight.
     let (proc, sys) = (mount::procfs()?, mount::sysfs()?);
@@ -575,9 +580,15 @@ fn minimal_root(views: &[ViewName], seat: Option<OwnedFd>) -> Result<(), StepErr
     mount::attach(proc.as_fd(), mount::target(root.as_fd(), c"proc")?.as_fd())?;
     mount::attach(sys.as_fd(), mount::target(root.as_fd(), c"sys")?.as_fd())?;
     mount::device_tree(c"/dev", c"/sys/dev")?;
-    if init::has_view_tree(views) {
+    mount::target(root.as_fd(), c"groups")?;
+    for index in 0..names.len() {
+        let missing = StepError { step: "take a view of control groups", errno: Errno::BADF };
+        let place = mount::target(root.as_fd(), &c_string(format!("groups/{index}").as_bytes()))?;
+        mount::attach(views.take(index).ok_or(missing)?.as_fd(), place.as_fd())?;
+    }
+    if init::has_view_tree(names) {
         let place = mount::target(root.as_fd(), c"cgroup")?;
-        cgroup::tree(place.as_fd(), views, seat.as_ref().map(AsFd::as_fd))?;
+        cgroup::tree(place.as_fd(), names, views.take(names.len()).as_ref().map(AsFd::as_fd))?;
     }
     mount::pivot(root.as_fd())
 }

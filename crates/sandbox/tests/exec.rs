@@ -207,7 +207,7 @@ fn first_line(stream: &OwnedFd) {
 fn read_until(terminal: &fs::File, text: &str) -> String {
     let mut all = Vec::new();
     loop {
-        assert!(harness::readable(terminal.as_fd(), harness::DEADLINE), "{text:?} did not come after {all:?}");
+        assert!(harness::readable(terminal.as_fd(), harness::deadline()), "{text:?} did not come after {all:?}");
         let mut buffer = [0; 4096];
         let read = (&*terminal).read(&mut buffer).unwrap_or(0);
         all.extend_from_slice(&buffer[..read]);

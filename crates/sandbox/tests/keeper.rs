@@ -227,7 +227,7 @@ fn list(client: &mut Client) -> Listing {
 fn until_closed(client: &Client) -> bool {
     let mut buffer = vec![0; MESSAGE_BYTES_MAX];
     harness::within(|| {
-        readable(client.control.as_fd(), harness::DEADLINE);
+        readable(client.control.as_fd(), harness::deadline());
         matches!(fds::receive(client.control.as_fd(), &mut buffer, rustix::net::RecvFlags::empty()), Ok(None) | Err(_))
     })
 }

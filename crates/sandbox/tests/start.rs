@@ -297,7 +297,7 @@ fn the_platform_listens_inside() {
     let (message, mut came) = started.message().unwrap();
     assert_eq!((message, came.len()), (InitMessage::Listeners, 1));
     let listener = TcpListener::from(came.remove(0));
-    assert!(readable(listener.as_fd(), harness::DEADLINE));
+    assert!(readable(listener.as_fd(), harness::deadline()));
     let (mut stream, _) = listener.accept().unwrap();
     let mut text = [0; 5];
     stream.set_nonblocking(false).unwrap();

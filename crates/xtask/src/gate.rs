@@ -130,6 +130,8 @@ fn fuzz() -> Result<()> {
 /// Unit tests first, because they fail fastest; then the scenarios.
 fn tests(filter: Option<&str>, tally: &mut Tally) -> Result<()> {
     let binary = build::funtainer()?;
+    // What takes minutes the first time says so, rather than to let a test look as if it hung.
+    succeed(build::outside(Command::new(build::program("image")?)).arg("layers"))?;
     let units = ["--workspace", "--exclude", "funtainer-e2e"];
     let mut outcomes = Vec::new();
     for (packages, threads) in [(&units[..], None), (&["--package", "funtainer-e2e"], Some(SCENARIO_THREADS))] {

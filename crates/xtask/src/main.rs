@@ -124,7 +124,7 @@ fn bench(quick: bool, json: bool) -> Result<()> {
 }
 
 fn image(example: &str, directory: Option<PathBuf>) -> Result<()> {
-    packages::install(if example == "python" { packages::PYTHON_IMAGE } else { packages::IMAGE })?;
+    packages::install(if matches!(example, "hello" | "upper") { packages::IMAGE } else { packages::DEBIAN_IMAGE })?;
     become_program(build::outside(Command::new(build::program("image")?)).arg(example).args(directory))
 }
 

@@ -29,8 +29,8 @@ pub(crate) const DEMO: &[Tool] = &[
 /// For `image`.
 pub(crate) const IMAGE: &[Tool] = &[tool("/bin/busybox", "busybox-static")];
 
-/// For `image python`.
-pub(crate) const PYTHON_IMAGE: &[Tool] = &[tool("mmdebstrap", "mmdebstrap")];
+/// For `image` with one of Debian's packages.
+pub(crate) const DEBIAN_IMAGE: &[Tool] = &[tool("mmdebstrap", "mmdebstrap"), tool("/bin/busybox", "busybox-static")];
 
 /// For `test`.
 pub(crate) const TEST: &[Tool] = &[

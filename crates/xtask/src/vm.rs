@@ -5,6 +5,7 @@
 //! Programs find the same paths as here: the workspace is mounted where it is on the host.
 
 mod archive;
+mod left_out;
 mod machine;
 mod payload;
 mod system;
@@ -12,14 +13,24 @@ mod system;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 
 use crate::{build, packages};
-use payload::Payload;
+use payload::{Payload, Selection};
+use system::succeed;
+
+/// By how much the guest is slower than an ordinary machine, for the limits of tests.
+const PATIENCE: &str = "8";
+/// Test programs run this many tests at once: the guest has two processors, and waits less than it computes.
+const THREADS: &str = "2";
+/// Tests of the sandbox that ask systemd for control groups, or find themselves in a unit's; by parts of their names.
+const SANDBOX_UNDER_SYSTEMD: [&str; 3] = ["cgroup::", "an_instance_runs_and_ends", "the_memory_limit_holds_and_is_told"];
+/// Test programs of the crate `e2e` for the boot with systemd.
+const E2E_UNDER_SYSTEMD: [&str; 2] = ["systemd", "titles"];
 
 /// What to run, and in which guest.
 #[derive(Args)]
@@ -27,7 +38,7 @@ pub(crate) struct Options {
     /// The tests to run; without it, the command after `--`.
     #[arg(value_enum)]
     suite: Option<Suite>,
-    /// Only tests whose name contains one of these texts.
+    /// Only tests whose name contains one of these texts, or all of a test program of that name.
     #[arg(requires = "suite")]
     filters: Vec<String>,
     /// Boot with systemd as process 1, instead of a script that mounts what an init mounts.
@@ -50,6 +61,10 @@ pub(crate) struct Options {
 pub(crate) enum Suite {
     /// Unit and integration tests of the crate `funtainer-sandbox`.
     Sandbox,
+    /// Tests of the binary: those that another kernel can change. `FUNTAINER_BIN` names another one than a debug build.
+    E2e,
+    /// Both in a guest without systemd, then what concerns systemd in one with it, each with its own time limit.
+    All,
 }
 
 /// A run of a guest.
@@ -61,31 +76,73 @@ pub(crate) struct Run {
 
 /// `cargo xtask vm`.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let limit = Duration::from_secs(options.timeout);
+    let mut line = |line: &str| println!("{line}");
+    if options.suite == Some(Suite::All) {
+        let plain = options.filters.is_empty() && options.words.is_empty() && options.bring.is_empty() && !options.systemd;
+        ensure!(plain, "`cargo xtask vm all` takes no more than --timeout");
+        return Ok(if all(&funtainer()?, limit, &mut line)? { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
     let mut payload = Payload::new()?;
     for path in &options.bring {
         payload.bring(path)?;
     }
-    if let Some(suite) = options.suite {
-        suite.pack(&mut payload, &options.filters, &options.words)?;
-    } else {
-        ensure!(
-            !options.words.is_empty(),
-            "nothing to run: name a suite (`cargo xtask vm sandbox`) or a command (`cargo xtask vm -- uname -r`)"
-        );
-        payload.install("funtainer", &funtainer()?)?;
-        payload.command(&options.words)?;
-    }
-    let run = Run { payload, systemd: options.systemd, limit: Duration::from_secs(options.timeout) };
-    let code = run.start(&mut |line| println!("{line}"))?;
-    Ok(ExitCode::from(code))
-}
-
-impl Suite {
-    fn pack(self, payload: &mut Payload, filters: &[String], words: &[OsString]) -> Result<()> {
-        match self {
-            Self::Sandbox => payload.tests("funtainer-sandbox", filters, words),
+    let selection = Selection { programs: None, filters: &options.filters, words: &options.words };
+    match options.suite {
+        Some(Suite::Sandbox) => sandbox(&mut payload, &selection)?,
+        Some(_) if options.systemd => {
+            e2e(&mut payload, &funtainer()?, &Selection { programs: Some(&E2E_UNDER_SYSTEMD), ..selection })?;
+        }
+        Some(_) => e2e(&mut payload, &funtainer()?, &selection)?,
+        None => {
+            ensure!(
+                !options.words.is_empty(),
+                "nothing to run: name a suite (`cargo xtask vm sandbox`) or a command (`cargo xtask vm -- uname -r`)"
+            );
+            payload.install("funtainer", &funtainer()?)?;
+            payload.command(&options.words)?;
         }
     }
+    let run = Run { payload, systemd: options.systemd, limit };
+    Ok(ExitCode::from(run.start(&mut line)?))
+}
+
+/// Everything that runs on the other kernel, in two boots; false if a test failed.
+pub(crate) fn all(funtainer: &Path, limit: Duration, line: &mut dyn FnMut(&str)) -> Result<bool> {
+    let mut good = true;
+    let mut payload = Payload::new()?;
+    sandbox(&mut payload, &Selection::default())?;
+    e2e(&mut payload, funtainer, &Selection::default())?;
+    good &= Run { payload, systemd: false, limit }.start(line)? == 0;
+    let mut payload = Payload::new()?;
+    let filters = SANDBOX_UNDER_SYSTEMD.map(str::to_owned);
+    sandbox(&mut payload, &Selection { filters: &filters, ..Selection::default() })?;
+    e2e(&mut payload, funtainer, &Selection { programs: Some(&E2E_UNDER_SYSTEMD), ..Selection::default() })?;
+    good &= Run { payload, systemd: true, limit }.start(line)? == 0;
+    Ok(good)
+}
+
+fn sandbox(payload: &mut Payload, selection: &Selection<'_>) -> Result<()> {
+    slow(payload)?;
+    payload.tests("funtainer-sandbox", selection)
+}
+
+fn e2e(payload: &mut Payload, funtainer: &Path, selection: &Selection<'_>) -> Result<()> {
+    slow(payload)?;
+    payload.install("funtainer", funtainer)?;
+    payload.set("FUNTAINER_BIN", "/usr/local/bin/funtainer")?;
+    // There is no compiler in the guest: the programs of images are made here, where the tests look first.
+    let image = build::program("image")?;
+    for name in ["hello", "probe"] {
+        succeed(build::outside(Command::new(&image)).arg(name).arg(payload.target().join("images").join(name)))?;
+    }
+    payload.bring(&payload.target().join("e2e/programs"))?;
+    payload.tests("funtainer-e2e", selection)
+}
+
+fn slow(payload: &mut Payload) -> Result<()> {
+    payload.set("FUNTAINER_TEST_PATIENCE", PATIENCE)?;
+    payload.set("RUST_TEST_THREADS", THREADS)
 }
 
 impl Run {

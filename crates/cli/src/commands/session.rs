@@ -150,7 +150,7 @@ impl Session {
                 }
                 // What the command itself says is not to drown in what is no news.
                 Some(Frame::Progress(step)) if matches!(step, Progress::Layer { .. } | Progress::Warning { .. }) => {
-                    self.show.step(&step)
+                    self.show.step(&step);
                 }
                 Some(Frame::Progress(_)) => {}
                 Some(Frame::End(end)) => return Ok(Ended::Command(end)),

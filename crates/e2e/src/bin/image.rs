@@ -48,6 +48,9 @@ enum Example {
     Privileged,
     /// Only the layers of Debian's packages that the last eight share; no image is written.
     Layers,
+    /// The server of the tests, which is no example.
+    #[value(hide = true)]
+    Probe,
 }
 
 fn main() -> ExitCode {
@@ -69,6 +72,7 @@ fn write() -> Result<()> {
         Example::Numpy => ("numpy", popular::numpy()?),
         Example::Privileged => ("privileged", popular::privileged()?),
         Example::Layers => return debian::prepare(),
+        Example::Probe => ("probe", catalog::probe(&[], &[])?),
     };
     let directory = directory.unwrap_or_else(|| paths::repository().join("target/images").join(name));
     if directory.exists() {

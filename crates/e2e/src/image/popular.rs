@@ -11,6 +11,9 @@ use crate::paths;
 /// and inheritable sets in two words each (linux/capability.h).
 const CAPABILITY_NET_BIND_SERVICE: [u8; 20] = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
+/// The same for CAP_NET_RAW (13), which no container has.
+const CAPABILITY_NET_RAW: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
 /// nginx: starts as root, listens on port 80, its workers are `www-data`, its logs are links to the standard streams.
 pub fn nginx() -> Result<Image> {
     let site = "server {\n  listen 80 default_server;\n  root /usr/share/nginx/html;\n  location = /limit { proxy_pass http://127.0.0.1:1; }\n}\n";
@@ -100,18 +103,19 @@ pub fn node() -> Result<Image> {
 
 /// A command on Python and numpy.
 pub fn numpy() -> Result<Image> {
-    let tree = Tree::new().file("app/numbers.py", 0o644, &source("numbers.py")?)?;
-    over("numpy", tree, &Config { cmd: words("python3 /app/numbers.py"), ..Config::default() })
+    let tree = Tree::new().file("app/matrix.py", 0o644, &source("matrix.py")?)?;
+    over("numpy", tree, &Config { cmd: words("python3 /app/matrix.py"), ..Config::default() })
 }
 
-/// Debian's `su`, a root without a password, and a copy of `cat` that may bind low ports.
+/// Debian's `su`, a root without a password, a copy of `cat` that may bind low ports, and one of `ping` that wants raw sockets.
 pub fn privileged() -> Result<Image> {
     let busybox = fs::read(program::busybox()?)?;
     // Account and password database as in Debian, but that root needs no password.
     let tree = Tree::new()
         .file("etc/shadow", 0o640, b"root::19000:0:99999:7:::\nwww-data:*:19000:0:99999:7:::\n")?
         .directory("cap", 0o755)?
-        .file_with_xattr("cap/cat", 0o755, &busybox, ("security.capability", &CAPABILITY_NET_BIND_SERVICE))?;
+        .file_with_xattr("cap/cat", 0o755, &busybox, ("security.capability", &CAPABILITY_NET_BIND_SERVICE))?
+        .file_with_xattr("cap/ping", 0o755, &busybox, ("security.capability", &CAPABILITY_NET_RAW))?;
     let config = Config { cmd: words("bash"), user: "www-data".into(), ..Config::default() };
     Image::build(vec![debian::base()?, tree.layer(Compression::Plain)?], &config)
 }

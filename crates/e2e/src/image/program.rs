@@ -37,7 +37,7 @@ pub fn hello() -> Result<PathBuf> {
 
 /// The server whose paths each do one thing that a test asks for.
 pub fn probe() -> Result<PathBuf> {
-    compile("probe", "crates/e2e/programs/probe.rs", &["examples/hello/http.rs"])
+    compile("probe", "crates/e2e/programs/probe.rs", &["examples/hello/http.rs", "crates/e2e/programs/appetite.rs"])
 }
 
 /// Debian's static busybox.

@@ -25,6 +25,8 @@ use serde::{Deserialize, Serialize};
 use parse::{Process, if_there};
 pub use scope::Scope;
 
+use crate::wait;
+
 /// How long what belongs to an ended server may take to go: the kernel tears namespaces down by itself, later.
 pub const SETTLE_LIMIT: Duration = Duration::from_secs(1);
 /// The parent of the kernel's own threads.
@@ -116,7 +118,7 @@ impl Subject<'_> {
 
     /// The same with another time to settle.
     pub fn leaks_after(&self, before: &Snapshot, settle: Duration) -> Result<Vec<Leak>> {
-        let start = Instant::now();
+        let (start, settle) = (Instant::now(), wait::patient(settle));
         loop {
             let leaks = self.leaks_now(before)?;
             if leaks.is_empty() || start.elapsed() >= settle {
@@ -124,6 +126,13 @@ impl Subject<'_> {
             }
             std::thread::park_timeout(Duration::from_millis(10));
         }
+    }
+
+    /// The ids of the processes of the subject: those in the fence, and where the product's own control groups lie out of it, those in them.
+    /// Without a fence none.
+    pub fn members(&self) -> Result<BTreeSet<i32>> {
+        let Some(scope) = self.scope else { return Ok(BTreeSet::new()) };
+        Ok(&scope.members()? | &scope::members_of(&parse::product_cgroups()?, &self.cgroup_names()?)?)
     }
 
     fn leaks_now(&self, before: &Snapshot) -> Result<Vec<Leak>> {
@@ -198,7 +207,9 @@ impl Subject<'_> {
         for data in &self.data {
             let id = data.join("id");
             if let Some(id) = if_there(fs::read_to_string(&id)).with_context(|| format!("cannot read {}", id.display()))? {
-                names.insert(format!("funtainer-{}", id.trim()));
+                let name = format!("funtainer-{}", id.trim());
+                // The second one where systemd has made a scope for the server.
+                names.extend([format!("{name}.scope"), name]);
             }
         }
         Ok(names)

@@ -1,4 +1,5 @@
-//! A fence around the processes of one test: a control group in a hierarchy that the product does not use.
+//! A fence around the processes of one test: a control group in a hierarchy that the product does not use. On a machine that has the unified
+//! hierarchy alone, what the product moves to groups of its own leaves the fence; those groups are known by their names.
 //!
 //! Membership is inherited by every child, whatever it does to its parents, sessions and titles, and whoever ends in between. So the leak check
 //! finds the processes of this test, and does not take those of tests that run beside it for leaks.

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use funtainer_e2e::server::Server;
 use funtainer_e2e::wait;
 
-use crate::{ATTACKER, LIMIT, attack, check_control, hold, outside, with_attacker};
+use crate::{ATTACKER, LIMIT, Outcome, attack, check_control, hold, inside, outside, with_attacker};
 
 /// A victim that serves under all names until it is dropped.
 struct Victim {
@@ -119,5 +119,30 @@ fn signals_to_the_init() -> Result<()> {
         ensure!(status.success(), "{status}");
         std::io::stdout().flush()?;
         Ok(())
+    })
+}
+
+/// What the kernel counts by user (signals that wait, message queues) one function can use up for itself, not for another.
+#[test]
+fn what_is_counted_by_user() -> Result<()> {
+    let innocent = [attack("signals=200"), attack("make-queue=innocent")];
+    with_attacker(|_, server| {
+        let through = |outcomes: &[Outcome]| outcomes.iter().all(|outcome| matches!(outcome, Outcome::Through(_)));
+        let greedy = Victim::start(server.command(["run", "attacker:1", "--", "--as-is", "exhaust"]))?;
+        let outcomes = inside(server, &[], &innocent)?;
+        ensure!(through(&outcomes), "one function's use is another one's: {outcomes:?}");
+        greedy.end()?;
+        // The control: two processes of one user.
+        let user = || {
+            let mut command = Command::new("setpriv");
+            command.args(["--reuid", "54321", "--regid", "54321", "--clear-groups", "--", ATTACKER]);
+            command
+        };
+        let mut command = user();
+        command.args(["--as-is", "exhaust"]);
+        let greedy = Victim::start(command)?;
+        let outcomes = outside(&mut user(), &innocent)?;
+        ensure!(outcomes.iter().all(|outcome| matches!(outcome, Outcome::Held(_))), "{outcomes:?}");
+        greedy.end()
     })
 }

@@ -26,7 +26,7 @@ pub const LEAF: &str = "keeper";
 /// How often processes are moved until none is left: they may fork meanwhile.
 const ROUNDS_MAX: usize = 100;
 /// How long systemd may take to move this process into a scope, or to forget an old one.
-const SCOPE_WAIT: Duration = Duration::from_secs(5);
+const SCOPE_WAIT: Duration = Duration::from_secs(25);
 /// A pause between two looks.
 const LOOK: Duration = Duration::from_millis(2);
 /// Where systemd says that it runs (sd_booted(3)).
@@ -43,7 +43,7 @@ pub struct Settled {
 
 /// Why a place cannot be had.
 #[derive(Debug, thiserror::Error)]
-enum PlaceError {
+pub(super) enum PlaceError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error("control group {0} has processes of another pid namespace")]
@@ -160,7 +160,7 @@ fn read_all(path: &Path) -> Result<String, Errno> {
 }
 
 /// Lets groups at the root of a tree that no systemd manages have controllers.
-fn open_tree(mount: &Path, own: Option<&Path>) -> Result<(), PlaceError> {
+pub(super) fn open_tree(mount: &Path, own: Option<&Path>) -> Result<(), PlaceError> {
     let directory = open_root(mount)?;
     let offer = Offer::of(directory.as_fd());
     let enabled = offer.enable(directory.as_fd());

@@ -41,6 +41,7 @@ impl Controller {
 
 /// What a group is for: several where controllers are mounted together.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "one for each controller, any of which can be there or not")]
 pub(super) struct Role {
     memory: bool,
     pids: bool,

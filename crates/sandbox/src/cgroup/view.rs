@@ -6,8 +6,10 @@
 //!                    /memory ...     the instance's group of each controller
 //!                    /cpuset         the seat: a group of the server's, in which its zygotes are
 //! ```
-//! Views are parts of the keeper's own mounts: to mount a cgroup file system inside would take the kernel's one lock of all groups at each
-//! start. An instance has nothing to set in `cpuset`, but programs take v1 for what it is only where they see that one, too (OpenJDK 17).
+//! All are parts of the keeper's own mounts: to mount a cgroup file system inside would take the kernel's one lock of all groups at each start.
+//! A zygote gets a view of what its instances' groups are made in, once; an init binds its own out of that, and loses sight of the rest by the
+//! change of its root. An instance has nothing to set in `cpuset`, but programs take v1 for what it is only where they see that one, too
+//! (OpenJDK 17).
 
 use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,10 +17,7 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 
-use super::{
-    CgroupError, Hierarchy, InstanceCgroup, Kind, Mount, Nest, component, make_top, open_file, remove_directory, sweep, v1,
-    write,
-};
+use super::{CgroupError, Hierarchy, Kind, Mount, Nest, component, make_top, open_file, remove_directory, sweep, v1, write};
 use crate::mount;
 use crate::step::StepError;
 
@@ -83,20 +82,18 @@ impl Hierarchy {
 }
 
 impl Nest {
-    /// Where instances see their groups, in the order of [`InstanceCgroup::views`].
-    pub fn views(&self) -> Vec<ViewName> {
+    /// Where instances see their groups, in the order of [`Nest::views`].
+    pub fn view_names(&self) -> Vec<ViewName> {
         let name = |kind| match kind {
             Kind::V1(role) => CString::new(v1::names(role).join(",")).expect("names of controllers are without NUL"),
             Kind::V2(_) => ViewName::default(),
         };
         self.places.iter().map(|place| name(place.kind)).collect()
     }
-}
 
-impl InstanceCgroup {
-    /// A mount of each group, for the instance to attach.
+    /// A mount of each directory that instances' groups are made in, for the zygote to attach.
     pub fn views(&self) -> Result<Vec<OwnedFd>, StepError> {
-        self.groups.iter().map(|group| mount::view(group.directory.as_fd())).collect()
+        self.places.iter().map(|place| mount::view(place.directory.as_fd())).collect()
     }
 }
 

@@ -194,8 +194,8 @@ fn open_namespaces(pid: u32, pidfd: BorrowedFd<'_>) -> Result<Vec<OwnedFd>, Refu
     let open = |(name, _)| {
         let path = format!("/proc/{pid}/ns/{name}");
         rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| match errno {
-            // It has ended; a zombie has no namespaces.
-            Errno::NOENT | Errno::SRCH => Refusal::NoInstance,
+            // It has ended: a zombie has no namespaces, and one that is on its way there has no memory, by which the kernel tells who may look.
+            Errno::NOENT | Errno::SRCH | Errno::ACCESS => Refusal::NoInstance,
             errno => refusal(StepError { step: "open the namespaces of an instance", errno }),
         })
     };

@@ -232,10 +232,9 @@ impl Keeper {
             for _ in 0..logs_of(streams) {
                 logs.push(Pipe::log()?);
             }
-            let views = cgroup.views().map_err(refusal)?;
-            Ok((writable, root, logs, views))
+            Ok((writable, root, logs))
         })();
-        let (writable, root, logs, views) = match made {
+        let (writable, root, logs) = match made {
             Ok(made) => made,
             Err(refused) => {
                 self.instances.release(Leftover::Instance(cgroup));
@@ -251,7 +250,6 @@ impl Keeper {
         }
         // Standard output comes before standard error.
         sent.extend(logs.iter().rev().map(|log| log.write.as_fd()));
-        sent.extend(views.iter().map(AsFd::as_fd));
         let Entrance { born, descriptors } = cgroup.entrance();
         sent.extend(descriptors);
         let order = Order::Spawn { instance: id, born, network: network.unwrap_or(0) };

@@ -34,8 +34,8 @@ const POOL_MIN: usize = 2;
 const POOL_MAX: usize = 16;
 /// Networks that a zygote makes at once: it makes them one by one, and a start in between waits for all that were ordered before it.
 const COMING_MAX: usize = 2;
-/// How long a start may wait for a network.
-const START_WAIT_MAX: Duration = Duration::from_secs(10);
+/// How long a start may wait for a network. The daemon has a limit of its own for starts, and ends the wait when that has passed.
+const START_WAIT_MAX: Duration = Duration::from_mins(1);
 /// How long the opening of a revision waits for its first network, and the server's start for the process.
 const OPEN_WAIT_MAX: Duration = Duration::from_secs(5);
 /// After a network that could not be made no other is tried for so long, unless a start asks.
@@ -332,8 +332,24 @@ impl Process {
 }
 
 impl Keeper {
+    /// Begins with networks, if there are to be any.
+    pub(super) fn open_net(&mut self) {
+        if !self.networks.settings.on {
+            return;
+        }
+        let resolver = Resolver::find(&self.networks.settings.resolvers);
+        if resolver.is_public {
+            let servers: Vec<String> = resolver.servers.iter().map(ToString::to_string).collect();
+            self.log(&format!(
+                "this machine names no name server that functions could ask: they ask {}, unless you name others with --dns",
+                servers.join(" and ")
+            ));
+        }
+        self.start_net();
+    }
+
     /// Starts the process, or the next one.
-    pub(super) fn start_net(&mut self) {
+    fn start_net(&mut self) {
         if let Err(error) = self.try_start_net() {
             self.log(&format!("the process that connects networks cannot be started: {error}"));
             self.net_failed();
@@ -696,7 +712,14 @@ impl Keeper {
 
     /// Ends the process, which puts back what was changed on the host. Zygotes are dead by then.
     pub(super) fn close_net(&mut self) {
-        let Some(process) = self.networks.process.take() else { return };
+        let Some(process) = self.networks.process.take() else {
+            if self.networks.range.is_some() {
+                self.log(
+                    "without a network process what it changed on this machine remains, until the next server puts it back",
+                );
+            }
+            return;
+        };
         let Process { pid, pidfd, link } = process;
         drop(link);
         match fds::pidfd_ended(pidfd.as_fd(), Some(CLOSE_WAIT)) {

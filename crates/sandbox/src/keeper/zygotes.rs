@@ -235,6 +235,7 @@ impl Keeper {
         let pool = self.networks.pool(&self.epoll, &spec.isolation);
         match self.fork_zygote(key, slot, title, spec, pool.as_ref()) {
             Ok((Forked { pid, pidfd }, link, layers, nest)) => {
+                let views = nest.views();
                 self.zygotes.next_key += 1;
                 let now = Instant::now();
                 let zygote = Zygote {
@@ -263,8 +264,14 @@ impl Keeper {
                     self.log(&format!("a zygote (pid {pid}) has no seat: {error}"));
                     None
                 });
-                let seat: Vec<BorrowedFd<'_>> = seat.iter().map(AsFd::as_fd).collect();
-                self.order(key, Order::SetUp, &seat);
+                match views {
+                    Ok(views) => {
+                        let views: Vec<BorrowedFd<'_>> = views.iter().chain(&seat).map(AsFd::as_fd).collect();
+                        self.order(key, Order::SetUp, &views);
+                    }
+                    // Who waits for it is answered by its end.
+                    Err(error) => self.give_up(key, &error.to_string()),
+                }
             }
             Err(refused) => {
                 self.zygotes.slots.release(&function);
@@ -289,7 +296,7 @@ impl Keeper {
         let (ours, theirs) = fds::pair().map_err(failed("make a zygote's socket"))?;
         let nest = self.cgroups.nest(&format!("zygote-{key}"), ids.base).map_err(|error| cgroup_refusal(&error))?;
         let processes = self.cgroups.missing().contains(&"process limit").then_some(spec.limits.pids);
-        let (group, views) = (nest.cradle(), nest.views());
+        let (group, views) = (nest.cradle(), nest.view_names());
         let plan = Plan { spec, ids, title: self.title, name, socket: theirs.as_fd(), processes, group, views };
         // SAFETY: the keeper has one thread, as was checked at its start.
         let forked = match unsafe { zygote::fork(&plan) } {

@@ -100,6 +100,13 @@ pub fn view(directory: BorrowedFd<'_>) -> Result<OwnedFd, StepError> {
     Ok(view)
 }
 
+/// Binds the directory at a path over that at another, with the flags of its mount. For paths of our own: links are followed.
+///
+/// One system call: may be called between clone and exec.
+pub fn bind(from: &CStr, to: &CStr) -> Result<(), StepError> {
+    mount_bind(from, to).map_err(at("bind a directory"))
+}
+
 /// Moves a mount of this mount namespace, with all that is mounted on it, to an opened directory.
 ///
 /// One system call: may be called between clone and exec.

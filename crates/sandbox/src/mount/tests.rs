@@ -455,3 +455,21 @@ fn the_probe_tells_what_a_machine_forbids() {
     let weak = probed("exec setpriv --bounding-set -sys_admin --inh-caps -sys_admin");
     assert!(weak.starts_with("missing ") && weak.contains("CAP_SYS_ADMIN"), "{weak}");
 }
+
+#[test]
+fn an_instance_does_not_take_all_terminals() {
+    need_root();
+    run(INSTANCE, || {
+        make_private()?;
+        let host = rustix::fs::open(c"/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(at("open /"))?;
+        let place = target(host.as_fd(), c"mnt")?;
+        attach(devpts(TEST_BASE.into())?.as_fd(), place.as_fd())?;
+        let mut held = [const { None }; 256];
+        for terminal in &mut held {
+            *terminal = Some(open(c"/mnt/ptmx", OFlags::RDWR | OFlags::NOCTTY).map_err(at("open a terminal"))?);
+        }
+        refused(open(c"/mnt/ptmx", OFlags::RDWR | OFlags::NOCTTY), Errno::NOSPC, "one more than an instance may have")?;
+        held[7] = None;
+        open(c"/mnt/ptmx", OFlags::RDWR | OFlags::NOCTTY).map(drop).map_err(at("open a terminal that is free again"))
+    });
+}

@@ -20,8 +20,8 @@ use rustix::io::Errno;
 use super::link::{Mac, PREFIX};
 use super::netlink::{Message, Refused, Socket};
 use super::nft::{
-    self, Base, Comparison, Connection, DESTINATION_CHANGED, ESTABLISHED, Element, Expression, Family, Hook, Meta, NEW,
-    REGISTER, RELATED, Set, SetKind, Table, Verdict, word,
+    self, ADDRESS, Base, Comparison, Connection, DESTINATION_CHANGED, ESTABLISHED, Element, Expression, Family,
+    HARDWARE_ADDRESS, Hook, INDEX, Meta, NEW, REGISTER, RELATED, Set, SetKind, Table, Verdict, word,
 };
 use super::range::Range;
 
@@ -41,13 +41,12 @@ const LINK_LOCAL: (Ipv4Addr, u8) = (Ipv4Addr::new(169, 254, 0, 0), 16);
 /// `ICMP_DEST_UNREACH` and `ICMP_TIME_EXCEEDED` (linux/icmp.h): errors about packets of the instance.
 const ICMP_ERRORS: [u8; 2] = [3, 11];
 
-// Sets, with the numbers by which nft(8) knows the types of their keys: address 7, hardware address 9, index of an interface 20.
-const PINS: Set = Set { name: "pins", types: &[20, 9, 7], key_bytes: 16, kind: SetKind::Plain };
-const RESOLVERS: Set = Set { name: "resolvers", types: &[20, 7], key_bytes: 8, kind: SetKind::Plain };
-const RULES: Set = Set { name: "rules", types: &[20], key_bytes: 4, kind: SetKind::Verdicts };
-const CLOSED: Set = Set { name: "closed", types: &[7], key_bytes: 4, kind: SetKind::Ranges };
-const FORWARDING: Set = Set { name: "forwarding", types: &[20], key_bytes: 4, kind: SetKind::Plain };
-const CONNECTIONS: Set = Set { name: "connections", types: &[20], key_bytes: 4, kind: SetKind::Counted(COUNTED_MAX) };
+const PINS: Set = Set { name: "pins", types: &[INDEX, HARDWARE_ADDRESS, ADDRESS], key_bytes: 16, kind: SetKind::Plain };
+const RESOLVERS: Set = Set { name: "resolvers", types: &[INDEX, ADDRESS], key_bytes: 8, kind: SetKind::Plain };
+const RULES: Set = Set { name: "rules", types: &[INDEX], key_bytes: 4, kind: SetKind::Verdicts };
+const CLOSED: Set = Set { name: "closed", types: &[ADDRESS], key_bytes: 4, kind: SetKind::Ranges };
+const FORWARDING: Set = Set { name: "forwarding", types: &[INDEX], key_bytes: 4, kind: SetKind::Plain };
+const CONNECTIONS: Set = Set { name: "connections", types: &[INDEX], key_bytes: 4, kind: SetKind::Counted(COUNTED_MAX) };
 const SETS: [Set; 6] = [PINS, RESOLVERS, RULES, CLOSED, FORWARDING, CONNECTIONS];
 
 /// What the instances of a revision may reach.
@@ -143,10 +142,11 @@ impl Firewall {
             changes.add(set.name, self.table.add_set(set, number));
         }
         changes.add(CLOSED.name, self.table.add_elements(CLOSED.name, &self.closed()));
+        self.put_chains(&mut changes);
+        // They lead to chains, and elements lead to them.
         for (number, policy) in policies {
             self.put_policy(&mut changes, number, policy);
         }
-        self.put_chains(&mut changes);
         let pinned: Vec<&Pinned> = pinned.collect();
         for chunk in pinned.chunks(ELEMENTS_MAX / 4) {
             for (set, elements) in elements(chunk.iter().copied()) {
@@ -157,6 +157,15 @@ impl Firewall {
             changes.add(FORWARDING.name, self.table.add_elements(FORWARDING.name, &indexes(forwarding)));
         }
         changes.carry_out(&mut self.socket)
+    }
+
+    /// Whether the table is there.
+    pub(super) fn stands(&mut self) -> Result<bool, Failed> {
+        match self.socket.ask(self.table.ask_for()) {
+            Ok(()) => Ok(true),
+            Err(Errno::NOENT) => Ok(false),
+            Err(errno) => Err(Failed { what: "a look at its table", errno }),
+        }
     }
 
     /// Removes the table; that there is none is as good.

@@ -55,6 +55,16 @@ pub(super) fn pass(socket: &mut Socket, range: Range, name: &str) -> Result<Vec<
             nft::transact(socket, changes).map_err(|refused| refused.errno)?;
         }
     }
+    Ok(others(&chains, range))
+}
+
+/// Whether the chain of iptables drops what no rule of it decides.
+pub(super) fn iptables_drops(chains: &[Chain]) -> bool {
+    chains.iter().any(|chain| is_iptables(chain) && chain.drops)
+}
+
+/// What else drops what is forwarded, one line each with the commands that open it.
+pub(super) fn others(chains: &[Chain], range: Range) -> Vec<String> {
     let dropping = chains.iter().filter(|chain| drops_forwarded(chain) && !is_iptables(chain));
     let mut said: Vec<String> = dropping.map(command).collect();
     if legacy_drops() {
@@ -62,7 +72,7 @@ pub(super) fn pass(socket: &mut Socket, range: Range, name: &str) -> Result<Vec<
             "iptables-legacy drops what is forwarded: functions reach nothing until you run `iptables-legacy -I FORWARD -i {PREFIX}+ -s {range} -j ACCEPT` and `iptables-legacy -I FORWARD -o {PREFIX}+ -d {range} -j ACCEPT`"
         ));
     }
-    Ok(said)
+    said
 }
 
 /// Removes our rules from the chain of iptables.

@@ -46,6 +46,7 @@ const SET_DATA_TYPE: u16 = 6;
 const SET_DATA_LEN: u16 = 7;
 const SET_DESC: u16 = 9;
 const SET_ID: u16 = 10;
+const SET_USERDATA: u16 = 13;
 const SET_DESC_SIZE: u16 = 1;
 const ELEMENT_KEY: u16 = 1;
 const ELEMENT_DATA: u16 = 2;
@@ -315,6 +316,11 @@ pub(super) struct Hook {
     pub(super) priority: i32,
 }
 
+/// Types of keys by the numbers that nft(8) knows them by.
+pub(super) const ADDRESS: u32 = 7;
+pub(super) const HARDWARE_ADDRESS: u32 = 9;
+pub(super) const INDEX: u32 = 20;
+
 /// A set or map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Set {
@@ -366,6 +372,11 @@ impl Table {
 
     pub(super) fn add(&self) -> Message {
         self.message(libc::NFT_MSG_NEWTABLE, libc::NLM_F_CREATE).with_text(TABLE_NAME, &self.name)
+    }
+
+    /// Asks for it. `ENOENT` if there is none.
+    pub(super) fn ask_for(&self) -> Message {
+        self.message(libc::NFT_MSG_GETTABLE, 0).with_text(TABLE_NAME, &self.name)
     }
 
     /// With all that is in it. `ENOENT` if there is none.
@@ -444,6 +455,11 @@ impl Table {
         message.big(SET_KEY_TYPE, set.types.iter().fold(0, |all, kind| all << 6 | kind));
         message.big(SET_KEY_LEN, set.key_bytes);
         message.big(SET_ID, number);
+        if set.types == [INDEX] {
+            // For nft(8): a piece of user data of type 0 with four bytes, whose 1 says that keys have this machine's order.
+            let order = 1_u32.to_ne_bytes();
+            message.attribute(SET_USERDATA, &[&[0, 4][..], &order].concat());
+        }
         if set.kind == SetKind::Verdicts {
             message.big(SET_DATA_TYPE, libc::NFT_DATA_VERDICT);
             message.big(SET_DATA_LEN, 0);

@@ -1,7 +1,7 @@
 //! The process at work, in network namespaces that the tests make: a host, the outside beyond it, and instances.
 
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd as _;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,7 +13,7 @@ use super::*;
 use crate::testing::in_network;
 
 /// Longest wait for anything.
-const DEADLINE: Duration = Duration::from_secs(30);
+const DEADLINE: Duration = Duration::from_mins(3);
 /// Longest wait for what must not come.
 const SILENCE: Duration = Duration::from_secs(3);
 const ID: &str = "0123456789abcdef";
@@ -129,6 +129,17 @@ impl<'scope> Process<'scope> {
             process.order(order, &[]);
         }
         process
+    }
+
+    /// What it says to a range, and ends.
+    fn start_alone(directory: &std::path::Path, range: &str) -> Report {
+        let wanted = Some(range.parse().expect("a range"));
+        std::thread::scope(|scope| {
+            let process = Process::start(scope, directory, wanted, None, &[]);
+            let report = process.report();
+            process.end();
+            report
+        })
     }
 
     fn order(&self, order: &Order, descriptors: &[BorrowedFd<'_>]) {
@@ -261,5 +272,167 @@ fn the_host_is_as_it_was_afterwards() {
         let left: Vec<_> = std::fs::read_dir(directory.path()).expect("the directory").collect();
         assert_eq!(left.len(), 1, "{left:?}");
         one.run(|| assert!(!shell("ip -o link").contains("eth0")));
+    });
+}
+
+/// A number that the kernel keeps for the network namespace of the calling thread.
+fn followed() -> u32 {
+    std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count").expect("a count").trim().parse().expect("a number")
+}
+
+/// Datagrams to so many ports of an address, each a connection for who follows them.
+fn flood(to: Ipv4Addr, ports: std::ops::Range<u16>) {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a socket");
+    for port in ports {
+        // What is refused is told by the next call.
+        let _ = socket.send_to(b"x", (to, port));
+    }
+}
+
+#[track_caller]
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + DEADLINE;
+    while !holds() {
+        assert!(Instant::now() < deadline, "in vain: {what}");
+        std::thread::park_timeout(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn connections_of_an_instance_are_bounded_and_end_with_it() {
+    in_network(|| {
+        let outside = host();
+        outside.run(|| serve_tcp(80));
+        let directory = tempfile::tempdir().expect("a directory");
+        let (one, two) = (Namespace::new(), Namespace::new());
+        std::thread::scope(|scope| {
+            let process = Process::start(scope, directory.path(), None, None, &[]);
+            process.ready();
+            process.plug(1, None, &one);
+            process.plug(2, None, &two);
+            one.run(|| flood(OUTSIDE, 10_000..16_000));
+            let bounded = followed();
+            assert!((4096..4196).contains(&bounded), "{bounded} connections are followed");
+            assert_eq!(two.run(|| ask(OUTSIDE, 80)), Some(HOST.into()), "another instance has room");
+            // The control: without the rule there is no bound.
+            let rule = shell(
+                "nft --handle list chain inet funtainer-0123456789abcdef leaving | grep 'ct count' | sed 's/.*handle //'",
+            );
+            shell(&format!("nft delete rule inet funtainer-0123456789abcdef leaving handle {rule}"));
+            one.run(|| flood(OUTSIDE, 20_000..26_000));
+            let unbounded = followed();
+            assert!(unbounded > 9000, "{unbounded} connections are followed");
+
+            process.order(&Order::Unplug(1), &[]);
+            until("the connections of the ended instance are forgotten", || followed() < 10);
+            assert_eq!(two.run(|| ask(OUTSIDE, 80)), Some(HOST.into()), "those of others are not");
+            process.end();
+        });
+    });
+}
+
+#[test]
+fn a_successor_takes_over_what_is_in_use() {
+    in_network(|| {
+        let outside = host();
+        outside.run(|| [80, 443].into_iter().for_each(serve_tcp));
+        let directory = tempfile::tempdir().expect("a directory");
+        let (one, two, three) = (Namespace::new(), Namespace::new(), Namespace::new());
+        let rules = vec!["169.254.169.254:80/tcp".parse().expect("a rule")];
+        let policy = Order::AddPolicy { number: 7, policy: Policy { rules, only: true } };
+        std::thread::scope(|scope| {
+            let process = Process::start(scope, directory.path(), None, None, std::slice::from_ref(&policy));
+            let range = process.ready();
+            let addresses = [process.plug(1, Some(7), &one), process.plug(2, None, &two)];
+            process.plug(3, None, &three);
+            // It dies: nothing is put back. The lock goes with the thread, as it would with a process.
+            let Process { keeper, thread } = process;
+            fds::send(keeper.as_fd(), b"no order", &[], SendFlags::empty()).expect("an order is taken");
+            let record = std::fs::read(directory.path().join("net")).expect("a record");
+            thread.join().expect("an end");
+            // A fault of the keeper's makes it put everything back; what a killed one leaves is made again.
+            std::fs::write(directory.path().join("net"), record).expect("a record");
+            drop(keeper);
+
+            let adopt = |network, policy, address| {
+                let plug = Plug { network, policy, resolvers: vec![OUTSIDE] };
+                Order::Adopt { plug, address }
+            };
+            let told = [policy, adopt(1, Some(7), addresses[0]), adopt(2, None, addresses[1])];
+            let process = Process::start(scope, directory.path(), None, Some(range), &told);
+            assert_eq!(process.ready(), range);
+            // Their interfaces went with the first process: the networks are over, and their addresses still theirs.
+            let four = Namespace::new();
+            let address = process.plug(4, None, &four);
+            assert!(!addresses.contains(&address), "{address}");
+            assert_eq!(four.run(|| ask(OUTSIDE, 80)), Some(HOST.into()));
+            process.order(&Order::Unplug(1), &[]);
+            process.order(&Order::RemovePolicy(7), &[]);
+            until("the policy is removed", || !shell("nft list ruleset").contains("chain rules-7"));
+            process.end();
+        });
+    });
+}
+
+#[test]
+fn what_is_no_network_is_refused_and_leaves_nothing() {
+    in_network(|| {
+        let _outside = host();
+        let directory = tempfile::tempdir().expect("a directory");
+        let one = Namespace::new();
+        let (impostor, _other) = fds::pair().expect("a pair");
+        let file: OwnedFd = std::fs::File::open("/dev/null").expect("a file").into();
+        let ids: OwnedFd = std::fs::File::open("/proc/self/ns/user").expect("a namespace").into();
+        std::thread::scope(|scope| {
+            let process = Process::start(scope, directory.path(), None, None, &[]);
+            process.ready();
+            let interfaces = || shell("ip -o link | cut -d: -f2");
+            let before = interfaces();
+            for (network, (inside, route)) in
+                (1..).zip([(&file, &one.route), (&ids, &one.route), (&one.handle, &impostor), (&one.handle, &file)])
+            {
+                let plug = Plug { network, policy: None, resolvers: Vec::new() };
+                process.order(&Order::Plug(plug), &[inside.as_fd(), route.as_fd()]);
+                let report = process.report();
+                assert!(matches!(report, Report::PlugFailed { network: found, .. } if found == network), "{report:?}");
+                assert_eq!(interfaces(), before);
+            }
+            assert!(!shell("nft list set inet funtainer-0123456789abcdef pins").contains("elements"));
+            // A policy that was never told: its network is none.
+            let plug = Plug { network: 9, policy: Some(99), resolvers: Vec::new() };
+            process.order(&Order::Plug(plug), &[one.handle.as_fd(), one.route.as_fd()]);
+            assert!(matches!(process.report(), Report::PlugFailed { network: 9, .. }));
+            assert_eq!(interfaces(), before);
+            process.plug(10, None, &one);
+            process.end();
+        });
+    });
+}
+
+#[test]
+fn an_empty_range_says_so_and_what_is_given_back_is_used_again() {
+    in_network(|| {
+        let _outside = host();
+        let directory = tempfile::tempdir().expect("a directory");
+        let range: Range = "10.99.0.0/26".parse().expect("a range");
+        std::thread::scope(|scope| {
+            let process = Process::start(scope, directory.path(), Some(range), None, &[]);
+            assert_eq!(process.ready(), range);
+            let namespaces: Vec<Namespace> = (0..62).map(|_| Namespace::new()).collect();
+            for (network, namespace) in (1..).zip(&namespaces) {
+                process.plug(network, None, namespace);
+            }
+            let last = Namespace::new();
+            let plug = Plug { network: 63, policy: None, resolvers: Vec::new() };
+            process.order(&Order::Plug(plug), &[last.handle.as_fd(), last.route.as_fd()]);
+            let report = process.report();
+            let Report::PlugFailed { network: 63, step, .. } = &report else { panic!("{report:?}") };
+            assert!(step.contains("free address"), "{step}");
+            process.order(&Order::Unplug(5), &[]);
+            assert_eq!(process.plug(64, None, &last), Ipv4Addr::new(10, 99, 0, 5));
+            process.end();
+        });
+        let taken = Process::start_alone(directory.path(), "203.0.113.0/24");
+        assert!(matches!(&taken, Report::RangeTaken(why) if why.contains("203.0.113.0/24")), "{taken:?}");
     });
 }

@@ -23,10 +23,18 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{RecvFlags, SendFlags};
 use rustix::pipe::{PipeFlags, pipe_with};
 
-/// Longest wait for anything.
-pub const DEADLINE: Duration = Duration::from_secs(20);
+/// Longest wait for anything, on an ordinary machine.
+const DEADLINE: Duration = Duration::from_secs(20);
+/// Between two looks at what cannot be waited for otherwise.
+const PAUSE: Duration = Duration::from_millis(1);
 /// Memory limit of the instances here.
 pub const MEMORY: u64 = 64 << 20;
+
+/// Longest wait for anything: a multiple where `FUNTAINER_TEST_PATIENCE` says that the machine is slower by so much.
+pub fn deadline() -> Duration {
+    let patience = std::env::var("FUNTAINER_TEST_PATIENCE");
+    DEADLINE * patience.map_or(1, |factor| factor.parse().expect("FUNTAINER_TEST_PATIENCE is a whole number"))
+}
 
 /// A running keeper; killed when dropped.
 pub struct Server {
@@ -78,6 +86,7 @@ impl Server {
             fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|title| title.windows(8).any(|part| part == b"\0daemon\0"))
         };
         until("the daemon is there", || {
+            self.assert_alive();
             let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid())).unwrap();
             let daemon = children.split_whitespace().find(titled).map(str::to_owned);
             daemon.map(|pid| PathBuf::from(format!("/proc/{pid}/root/data")))
@@ -86,10 +95,19 @@ impl Server {
 
     /// Takes the daemon's place: greets, says that it is ready.
     pub fn client(&self) -> Client {
-        let mut client = Client::connect(&self.admin);
+        let mut client = Client::connect(self);
         assert!(matches!(client.ask(&Request::Hello), Reply::Welcome { .. }));
         assert_eq!(client.ask(&Request::Ready), Reply::Done);
         client
+    }
+
+    /// A keeper that has ended answers no more: nobody waits for that until a deadline.
+    fn assert_alive(&self) {
+        use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
+        let pid = WaitId::Pid(Pid::from_raw(self.pid()).unwrap());
+        // Its status stays for the one who waits for it.
+        let ended = waitid(pid, WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT).unwrap();
+        assert!(ended.is_none(), "the keeper has ended: {ended:?}");
     }
 
     pub fn announced(&mut self) -> String {
@@ -158,8 +176,11 @@ pub struct Client {
 }
 
 impl Client {
-    pub fn connect(admin: &Path) -> Self {
-        let stub = until("the daemon accepts", || UnixStream::connect(admin).ok());
+    fn connect(server: &Server) -> Self {
+        let stub = until("the daemon accepts", || {
+            server.assert_alive();
+            UnixStream::connect(&server.admin).ok()
+        });
         let mut byte = [0];
         let mut received = fds::receive(stub.as_fd(), &mut byte, RecvFlags::empty()).unwrap().expect("a descriptor");
         let control = received.fds.take(0).unwrap();
@@ -388,7 +409,7 @@ impl Started {
 }
 
 fn receive(socket: BorrowedFd<'_>) -> Option<(Vec<u8>, Vec<OwnedFd>)> {
-    assert!(readable(socket, DEADLINE), "nothing came within {DEADLINE:?}");
+    assert!(readable(socket, deadline()), "nothing came within {:?}", deadline());
     let mut buffer = vec![0; MESSAGE_BYTES_MAX];
     let received = fds::receive(socket, &mut buffer, RecvFlags::empty()).unwrap_or(None)?;
     buffer.truncate(received.bytes);
@@ -402,27 +423,27 @@ pub fn readable(fd: BorrowedFd<'_>, within: Duration) -> bool {
 
 /// Asks until there is an answer.
 pub fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + DEADLINE;
+    let start = Instant::now();
     loop {
         if let Some(answer) = ask() {
             return answer;
         }
-        assert!(Instant::now() < deadline, "not within {DEADLINE:?}: {what}");
-        std::thread::yield_now();
+        assert!(start.elapsed() < deadline(), "not within {:?}: {what}", deadline());
+        std::thread::park_timeout(PAUSE);
     }
 }
 
 /// Whether it becomes true in time.
 pub fn within(mut is: impl FnMut() -> bool) -> bool {
-    let deadline = Instant::now() + DEADLINE;
+    let start = Instant::now();
     loop {
         if is() {
             return true;
         }
-        if Instant::now() >= deadline {
+        if start.elapsed() >= deadline() {
             return false;
         }
-        std::thread::yield_now();
+        std::thread::park_timeout(PAUSE);
     }
 }
 

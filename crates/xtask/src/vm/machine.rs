@@ -63,8 +63,9 @@ impl Machine<'_> {
         command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-nic", "none"]);
         command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048"]);
         command.arg("-kernel").arg(self.system.kernel()).arg("-initrd").arg(&initial);
+        // Mitigations of real processors' faults cost much of an emulated one's time.
         let init = if self.systemd { "guest.systemd systemd.unit=guest.service" } else { "" };
-        command.arg("-append").arg(format!("console=ttyS0 quiet panic=-1 oops=panic {init}"));
+        command.arg("-append").arg(format!("console=ttyS0 quiet panic=-1 oops=panic mitigations=off audit=0 {init}"));
         for (disk, kept) in [(&*self.system.disk(), "on"), (self.payload, "off")] {
             let disk = disk.to_str().context("the path of the target directory is no UTF-8")?.replace(',', ",,");
             command.args(["-drive", &format!("file={disk},format=raw,if=virtio,cache=unsafe,discard=unmap,snapshot={kept}")]);

@@ -9,6 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use super::left_out;
 use super::system::succeed;
 use crate::build::{self, Tests};
 
@@ -23,6 +24,17 @@ const SCRIPTS: [(&str, &str); 3] = [
     ("run.sh", include_str!("run.sh")),
     ("guest.service", include_str!("guest.service")),
 ];
+
+/// Which tests of a package run.
+#[derive(Default)]
+pub(crate) struct Selection<'a> {
+    /// The test programs, by the name of their source file without its extension; `None` for all.
+    pub(crate) programs: Option<&'a [&'a str]>,
+    /// Only tests whose name contains one of these texts, or which are in a test program of such a name, if there are any.
+    pub(crate) filters: &'a [String],
+    /// More arguments of the test programs.
+    pub(crate) words: &'a [OsString],
+}
 
 /// What a run brings.
 pub(crate) struct Payload {
@@ -48,7 +60,8 @@ impl Payload {
             }
         }
         let target = metadata.target_directory.into_std_path_buf();
-        Ok(Self { top, target, brought, installed: Vec::new(), commands: "code=0\n".to_owned() })
+        let commands = format!("code=0\nexport CARGO_TARGET_DIR={}\n", quoted(target.as_os_str())?);
+        Ok(Self { top, target, brought, installed: Vec::new(), commands })
     }
 
     /// Brings a file or a directory with everything in it.
@@ -65,6 +78,17 @@ impl Payload {
         Ok(())
     }
 
+    /// Where cargo puts what it builds.
+    pub(crate) fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Sets a variable of the environment of all that comes after.
+    pub(crate) fn set(&mut self, name: &str, value: &str) -> Result<()> {
+        writeln!(self.commands, "export {name}={}", quoted(OsStr::new(value))?)?;
+        Ok(())
+    }
+
     /// Runs a command in the top of the workspace.
     pub(crate) fn command(&mut self, words: &[OsString]) -> Result<()> {
         let words = words.iter().map(|word| quoted(word)).collect::<Result<Vec<_>>>()?.join(" ");
@@ -72,14 +96,20 @@ impl Payload {
         Ok(())
     }
 
-    /// Builds a package's tests and runs them as `cargo test --no-fail-fast` does.
-    pub(crate) fn tests(&mut self, package: &str, filters: &[String], words: &[OsString]) -> Result<()> {
+    /// Builds a package's tests and runs them as `cargo test --no-fail-fast` does, but for [`left_out`].
+    pub(crate) fn tests(&mut self, package: &str, selection: &Selection<'_>) -> Result<()> {
         let Tests { directory, programs, helpers } = build::tests(package)?;
-        ensure!(!programs.is_empty(), "{package} has no tests");
-        let mut arguments = String::new();
-        for word in filters.iter().map(OsStr::new).chain(words.iter().map(OsString::as_os_str)) {
-            write!(arguments, " {}", quoted(word)?)?;
-        }
+        let name = |source: &Path| source.file_stem().and_then(OsStr::to_str).unwrap_or_default().to_owned();
+        let named: Vec<_> =
+            programs.iter().map(|(source, _)| name(source)).filter(|name| selection.filters.contains(name)).collect();
+        let texts: Vec<_> = selection.filters.iter().filter(|text| !named.contains(text)).collect();
+        let chosen = |source: &Path| match selection.programs {
+            Some(listed) => listed.contains(&name(source).as_str()),
+            None if texts.is_empty() && !named.is_empty() => named.contains(&name(source)),
+            None => left_out::of(package, source).all(|left_out| left_out.test.is_some()),
+        };
+        let programs: Vec<_> = programs.into_iter().filter(|(source, _)| chosen(source)).collect();
+        ensure!(!programs.is_empty(), "{package} has no such tests");
         let directory = quoted(directory.as_os_str())?;
         writeln!(self.commands, "cd {directory} && export CARGO_MANIFEST_DIR={directory} || exit 1")?;
         for (source, program) in programs {
@@ -88,6 +118,18 @@ impl Payload {
             writeln!(self.commands, "mkdir -p {}", quoted(scratch.as_os_str())?)?;
             let title = format!("     Running {}", source.strip_prefix(&self.top).unwrap_or(&source).display());
             writeln!(self.commands, "echo {}", quoted(OsStr::new(&title))?)?;
+            let mut arguments = String::new();
+            let texts = texts.iter().filter(|_| !named.contains(&name(&source))).map(OsStr::new);
+            for word in texts.chain(selection.words.iter().map(OsString::as_os_str)) {
+                write!(arguments, " {}", quoted(word)?)?;
+            }
+            for left_out in left_out::of(package, &source) {
+                if let Some(test) = left_out.test {
+                    write!(arguments, " --skip {test}")?;
+                    let text = format!("left out: {test} ({})", left_out.reason);
+                    writeln!(self.commands, "echo {}", quoted(OsStr::new(&text))?)?;
+                }
+            }
             writeln!(self.commands, "{}{arguments} || code=101", quoted(program.as_os_str())?)?;
             self.brought.push(program);
         }

@@ -12,27 +12,23 @@ use anyhow::{Context, Result, ensure};
 use super::archive::Archive;
 
 /// What the tests use, and what a small Debian server has.
-const PACKAGES: [&str; 20] = [
+const PACKAGES: [&str; 16] = [
     "attr",
     "busybox-static",
     "dbus",
     "dbus-user-session",
-    "docker-registry",
     "erofs-utils",
     "iproute2",
+    "iptables",
     "kmod",
     "libpam-systemd",
     "nftables",
     "passt",
-    "procps",
-    "skopeo",
     "slirp4netns",
-    "strace",
     "systemd",
     "systemd-sysv",
     "udev",
     "uidmap",
-    "umoci",
 ];
 
 /// Nobody reads manuals in the guest.

@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::process::{Child, Command, Stdio};
 
 use crate::kernel::call;
-use crate::{Attack, Loot};
+use crate::{Attack, Loot, got};
 
 pub(crate) const ATTACKS: &[Attack] = &[
     ("processes", processes),
@@ -18,6 +18,8 @@ pub(crate) const ATTACKS: &[Attack] = &[
     ("log", log),
     ("signals", signals),
     ("signal-init", signal_init),
+    ("exhaust", exhaust),
+    ("make-queue", |name| got(make_queue(name))),
 ];
 
 /// So many; the argument of every bomb, `PATH:COUNT` where there is a path.
@@ -128,6 +130,10 @@ fn log(argument: &str) -> Loot {
 
 /// Signals that wait: each costs the kernel memory.
 fn signals(argument: &str) -> Loot {
+    queue_signals(count(argument)?).map(|sent| format!("{sent} signals wait"))
+}
+
+fn queue_signals(wanted: usize) -> io::Result<usize> {
     let number = libc::SIGRTMAX();
     let mut blocked = [0_u8; 8];
     blocked.copy_from_slice(&(1_u64 << (number - 1)).to_ne_bytes());
@@ -136,10 +142,37 @@ fn signals(argument: &str) -> Loot {
     // siginfo_t with SI_QUEUE.
     let mut information = [0_u8; 128];
     information[8..12].copy_from_slice(&(-1_i32).to_ne_bytes());
-    gather("signals", count(argument)?, |_| {
+    let sent = gather("signals", wanted, |_| {
         call(libc::SYS_rt_sigqueueinfo, [pid.into(), number.into(), information.as_slice().into()])
-    })
-    .map(|sent| format!("{} signals wait", sent.len()))
+    })?;
+    Ok(sent.len())
+}
+
+/// A message queue of the default size.
+fn make_queue(name: &str) -> io::Result<i64> {
+    let name = std::ffi::CString::new(name).unwrap_or_default();
+    let flags = libc::O_RDWR | libc::O_CREAT;
+    call(libc::SYS_mq_open, [(*name).into(), flags.into(), 0o666.into(), 0.into()])
+}
+
+/// What the kernel counts by user: all signals that may wait and all message queues. Says so, and stays until its input ends.
+fn exhaust(_: &str) -> Loot {
+    let refused = queue_signals(usize::MAX).err();
+    let mut queues = Vec::new();
+    while queues.len() < 10_000 {
+        let name = format!("exhaust-{}-{}", std::process::id(), queues.len());
+        match make_queue(&name) {
+            Ok(_) => queues.push(name),
+            Err(_) => break,
+        }
+    }
+    println!("serves");
+    io::copy(&mut io::stdin(), &mut io::sink())?;
+    for name in &queues {
+        let name = std::ffi::CString::new(name.as_str()).unwrap_or_default();
+        call(libc::SYS_mq_unlink, [(*name).into()])?;
+    }
+    Ok(format!("{refused:?}, {} queues", queues.len()))
 }
 
 /// Every signal to pid 1, many times: through if that does not live.

@@ -39,7 +39,7 @@ fn greet(mut stream: &UnixStream, reader: &mut BufReader<&UnixStream>) {
     let mut line = Vec::new();
     reader.read_until(b'\n', &mut line).expect("a line");
     let uid = rustix::process::geteuid().as_raw().to_string();
-    let hex: String = uid.bytes().map(|byte| format!("{byte:02x}")).collect();
+    let hex = uid.bytes().fold(String::new(), |text, byte| format!("{text}{byte:02x}"));
     assert_eq!(String::from_utf8(line), Ok(format!("\0AUTH EXTERNAL {hex}\r\n")));
     stream.write_all(b"OK 0123456789abcdef0123456789abcdef\r\n").expect("an answer");
     let mut line = Vec::new();
