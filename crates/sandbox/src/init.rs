@@ -348,20 +348,23 @@ pub(crate) fn send_terminal(daemon: BorrowedFd<'_>, size: WindowSize, owner: Uid
     Ok(made.slave)
 }
 
+/// Sets both the soft and the hard limit. The server's own hard limit, above which nothing can be set here, stays above all.
+fn limit(resource: Resource, wanted: u64) -> Result<(), Errno> {
+    let most = rustix::process::getrlimit(resource).maximum;
+    let most = Some(most.map_or(wanted, |most| most.min(wanted)));
+    rustix::process::setrlimit(resource, Rlimit { current: most, maximum: most })
+}
+
 /// What no program of an instance can undo, whether it is its first or a later one: no core files, a bound on open files, a filter, powers that
 /// are gone.
 pub(crate) fn confine(prepared: &Prepared) -> Result<(), Failed> {
     let privileges = at(InitStep::Privileges);
     // Not 0, which a piped core_pattern ignores (core(5)); no core fits into one byte.
-    rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(1), maximum: Some(1) }).map_err(&privileges)?;
-    // Soft and hard: programs that close every descriptor they may have, or make a table of them, find the number that was meant. The
-    // server's own hard limit stays above all.
-    let most = rustix::process::getrlimit(Resource::Nofile).maximum;
-    let most = Some(most.map_or(prepared.open_files, |most| most.min(prepared.open_files)));
-    rustix::process::setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).map_err(&privileges)?;
-    if prepared.processes.is_some() {
-        let most = prepared.processes;
-        rustix::process::setrlimit(Resource::Nproc, Rlimit { current: most, maximum: most }).map_err(&privileges)?;
+    limit(Resource::Core, 1).map_err(&privileges)?;
+    // Soft and hard: programs that close every descriptor they may have, or make a table of them, find the number that was meant.
+    limit(Resource::Nofile, prepared.open_files).map_err(&privileges)?;
+    if let Some(processes) = prepared.processes {
+        limit(Resource::Nproc, processes).map_err(&privileges)?;
     }
     not_dumpable()?;
     userns::drop_bounding(userns::KEPT).map_err(during(InitStep::Privileges))?;

@@ -309,7 +309,7 @@ impl Keeper {
         let handled = SignalSet::of(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGIO]);
         signals::set_mask(&handled).map_err(at("block signals"))?;
         let signals = signals::descriptor(&handled).map_err(at("make a signalfd"))?;
-        raise_descriptors().map_err(at("raise the limit of open files"))?;
+        raise_limits().map_err(at("raise the limit of open files"))?;
         // SAFETY: one thread, as was checked, which keeps no pointer into its arguments or environment.
         let title = unsafe { Title::prepare() }?;
         // SAFETY: as above; arguments were read by who called `run`.
@@ -690,7 +690,13 @@ fn open_cgroups(id: &str, mode: &Mode, log: fn(&str)) -> Result<Hierarchy, Keepe
 
 /// An instance costs the keeper some descriptors, and the usual soft limit of 1,024 is for programs that use select(2). The hard limit is raised
 /// as far as instances may ask for, where that is allowed (CAP_SYS_RESOURCE): theirs cannot be above it.
-fn raise_descriptors() -> Result<(), Errno> {
+fn raise_limits() -> Result<(), Errno> {
+    // Under sudo it is 0. Instances are to have 1, which alone keeps cores from a program behind a piped core_pattern (core(5)).
+    let cores = rustix::process::getrlimit(Resource::Core);
+    if cores.maximum == Some(0) {
+        // Where that is not allowed, files stay as small as they can.
+        let _ = rustix::process::setrlimit(Resource::Core, Rlimit { maximum: Some(1), ..cores });
+    }
     let limit = rustix::process::getrlimit(Resource::Nofile);
     let wanted = limit.maximum.map(|maximum| maximum.max(OPEN_FILES_MAX));
     match rustix::process::setrlimit(Resource::Nofile, Rlimit { current: wanted, maximum: wanted }) {

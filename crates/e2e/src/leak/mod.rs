@@ -270,9 +270,12 @@ fn mentions(text: &str, path: &Path) -> bool {
 }
 
 fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
-    let Some(entries) = if_there(fs::read_dir(directory))? else {
-        return Ok(Vec::new());
+    let entries = match fs::read_dir(directory) {
+        // What is the daemon's an ordinary user does not see.
+        Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => None,
+        read => if_there(read)?,
     };
+    let Some(entries) = entries else { return Ok(Vec::new()) };
     let mut all = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
     all.sort();
     Ok(all)

@@ -39,6 +39,8 @@ fn show(who: &Who, hello: &str, upper: &str) -> Result<()> {
     let outcome =
         shown.deploy(hello).and_then(|()| shown.call()).and_then(|()| shown.idle()).and_then(|()| shown.commands(upper));
     if let Err(error) = outcome {
+        // Here, since not every way of ending it is that of a dropped value. What fails now is not what failed first.
+        let _ = who.stop(shown.server).and_then(|()| who.reset(&places));
         // Not on the way of an interrupt: nothing is wrong with the server then.
         go_on()?;
         return Err(error.context(format!("the server's log ends with\n{}", funtainer_e2e::server::tail(&places.log))));
