@@ -114,7 +114,7 @@ fn serve_in(service: &Service, top: &dyn Fn(&Service) -> Result<PathBuf>) -> Res
     let answer = http::call(&service.endpoint, "GET", "/function/probe", &[], b"").with_context(|| service.log())?;
     ensure!(answer.status == 200, "{answer:?}");
 
-    let top = top(&service)?;
+    let top = top(service)?;
     let log = service.log();
     let all: Vec<_> =
         parse::cgroup_members(&top)?.into_iter().filter_map(|pid| parse::process(pid).transpose()).collect::<Result<_>>()?;
