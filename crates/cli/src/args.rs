@@ -9,12 +9,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use funtainer_model::{ByteSize, Cpus, EgressRule, EnvVar, InstanceId, Network, QuantityError, TmpfsMount, parse_duration};
 use funtainer_sandbox::net::{Range, can_be_asked};
 
-/// Where a server is by default: its admin socket.
-pub(crate) const ADMIN_DEFAULT: &str = "/run/funtainer/admin.sock";
+use crate::places::ADMIN_OF_ROOT;
+
 /// Where calls come in by default.
 const LISTEN_DEFAULT: &str = "127.0.0.1:8080";
-/// Where state, images and logs are by default.
-const DATA_DEFAULT: &str = "/var/lib/funtainer";
 
 /// Runs container images as functions: give an image, get a URL.
 #[derive(Debug, Parser)]
@@ -22,7 +20,7 @@ const DATA_DEFAULT: &str = "/var/lib/funtainer";
 #[command(about = "Runs container images as functions: give an image, get a URL")]
 #[command(after_help = "\
 Examples:
-  sudo funtainer serve                                     start the server
+  funtainer serve                                          start the server, as root or as yourself
   funtainer deploy hello --image registry.example/hello    make a function of an image, get its URL
   curl http://127.0.0.1:8080/function/hello                call it; the first call starts it
   funtainer logs hello                                     see what it wrote
@@ -32,9 +30,16 @@ Examples:
 
 Exit codes: 0 done, 1 failed, 2 wrong usage; `run` and `exec` end with the command's own code.")]
 pub(crate) struct Cli {
-    /// Server to talk to: its admin socket, as unix://PATH
-    #[arg(long, global = true, env = "FUNTAINER_HOST", hide_env_values = true, value_name = "unix://PATH", default_value_t = Host::default(), help_heading = "Global options")]
-    pub(crate) host: Host,
+    /// Server to talk to: its admin socket [default: your own server's, else root's]
+    #[arg(
+        long,
+        global = true,
+        env = "FUNTAINER_HOST",
+        hide_env_values = true,
+        value_name = "unix://PATH",
+        help_heading = "Global options"
+    )]
+    pub(crate) host: Option<Host>,
 
     /// Form of results and errors
     #[arg(long, global = true, value_enum, value_name = "FORM", default_value_t = Output::Text, help_heading = "Global options")]
@@ -70,17 +75,23 @@ pub(crate) enum Command {
     Images,
     #[command(subcommand)]
     Image(Image),
+    Reset(Reset),
     /// Show the versions of this program and of the server
     Version,
     Doctor(Doctor),
     #[command(hide = true)]
     Daemon(Daemon),
+    #[command(hide = true)]
+    Unpack(Unpack),
 }
 
 /// Start the server
 ///
 /// Calls come in over HTTP on --listen, at /function/NAME. Everything else, such as deploys, goes through the admin socket, which only
-/// root and the group funtainer can open. Needs root and Linux 6.1 or later; a missing feature is named.
+/// root and the group funtainer can open. Needs Linux 6.1 or later; a missing feature is named.
+///
+/// It runs as root, or as an ordinary user: then the admin socket is that user's alone, and every container is confined to that user's
+/// subordinate ids (subuid(5)). What is less than under root is said at the start.
 ///
 /// When it is ready, standard output says `listening on http://ADDR`. Logs go to standard error. SIGTERM and Ctrl-C let calls in flight
 /// finish for at most 10 s, and leave nothing behind.
@@ -88,6 +99,7 @@ pub(crate) enum Command {
 #[command(after_help = "\
 Examples:
   sudo funtainer serve
+  funtainer serve                                  as an ordinary user
   sudo funtainer serve --listen 0.0.0.0:80
   sudo funtainer serve --listen 127.0.0.1:0 --admin /tmp/f.sock --data /tmp/f    a second server beside the first
 
@@ -96,12 +108,12 @@ pub(crate) struct Serve {
     /// Address for calls; port 0 picks a free one, none leaves them to the admin socket
     #[arg(long, value_name = "ADDR", default_value = LISTEN_DEFAULT)]
     pub(crate) listen: Listen,
-    /// Path of the admin socket; a stale one is replaced
-    #[arg(long, value_name = "SOCKET", default_value = ADMIN_DEFAULT)]
-    pub(crate) admin: PathBuf,
-    /// Directory of state, images and logs; made if missing
-    #[arg(long, value_name = "DIR", default_value = DATA_DEFAULT)]
-    pub(crate) data: PathBuf,
+    /// Path of the admin socket; a stale one is replaced [default: /run/funtainer/admin.sock; a user's: $XDG_RUNTIME_DIR/funtainer.sock]
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) admin: Option<PathBuf>,
+    /// Directory of state, images and logs; made if missing [default: /var/lib/funtainer; a user's: ~/.local/share/funtainer]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
     /// Process id of the parent, with which the server stops; for `run`, which starts one of its own
     #[arg(long, hide = true, value_name = "PID")]
     pub(crate) parent: Option<i32>,
@@ -114,6 +126,23 @@ pub(crate) struct Serve {
     /// Name server that functions ask; can be repeated [default: those of this machine]
     #[arg(long, value_name = "ADDR", value_parser = resolver)]
     pub(crate) dns: Vec<Ipv4Addr>,
+}
+
+/// Remove all that a stopped server has kept: functions, images and logs
+///
+/// What an ordinary user's server has made belongs to subordinate ids, so that `rm` cannot remove it; this can.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  funtainer reset --yes
+  funtainer reset --yes --data /tmp/f")]
+pub(crate) struct Reset {
+    /// Directory of the server [default: as for serve]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
+    /// Do it: there is no way back
+    #[arg(long)]
+    pub(crate) yes: bool,
 }
 
 /// Make a function of an image, or replace it
@@ -284,8 +313,8 @@ pub(crate) struct Run {
     #[arg(long, short)]
     pub(crate) quiet: bool,
     /// Directory of state and images for the server that is started where none answers
-    #[arg(long, value_name = "DIR", default_value = DATA_DEFAULT)]
-    pub(crate) data: PathBuf,
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) container: Container,
 }
@@ -431,9 +460,9 @@ Examples:
 
 Exit codes: 0 a server can start here, 1 it cannot, 2 wrong usage.")]
 pub(crate) struct Doctor {
-    /// Data directory that the server is to have; it need not be there
-    #[arg(long, value_name = "DIR", default_value = DATA_DEFAULT)]
-    pub(crate) data: PathBuf,
+    /// Data directory that the server is to have; it need not be there [default: as for serve]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) data: Option<PathBuf>,
 }
 
 /// The unprivileged side of the server; started by `serve`, not by hand
@@ -442,6 +471,20 @@ pub(crate) struct Daemon {
     /// Number of TCP listeners handed over.
     #[arg(long)]
     pub(crate) listeners: usize,
+}
+
+/// Unpacks or removes a layer where an ordinary user's server may not mount it; started by `serve`, not by hand
+#[derive(Debug, Args)]
+pub(crate) struct Unpack {
+    /// Name of the directory to make of the layer that was handed over.
+    #[arg(long, required_unless_present = "remove", conflicts_with = "remove")]
+    pub(crate) name: Option<String>,
+    /// Name of the directory to remove.
+    #[arg(long)]
+    pub(crate) remove: Option<String>,
+    /// How many user and group ids there are.
+    #[arg(long)]
+    pub(crate) ids: u32,
 }
 
 /// How an image is spoken to.
@@ -473,7 +516,7 @@ pub(crate) struct Host(PathBuf);
 /// A text that says no such place.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "'{0}' is no place of a server: write unix:// and the absolute path of its admin socket, such as unix://{ADMIN_DEFAULT}"
+    "'{0}' is no place of a server: write unix:// and the absolute path of its admin socket, such as unix://{ADMIN_OF_ROOT}"
 )]
 pub(crate) struct HostError(String);
 
@@ -486,12 +529,6 @@ impl Host {
     /// Path of the socket.
     pub(crate) fn socket(&self) -> &std::path::Path {
         &self.0
-    }
-}
-
-impl Default for Host {
-    fn default() -> Self {
-        Self(ADMIN_DEFAULT.into())
     }
 }
 

@@ -58,7 +58,9 @@ pub(crate) async fn run(host: &Host, form: Output, command: Command) -> anyhow::
         Command::Images => images(host, form).await?,
         Command::Image(crate::args::Image::Import(import)) => image::import(host, form, import).await?,
         Command::Version => version(host, form).await?,
-        Command::Serve(_) | Command::Daemon(_) | Command::Doctor(_) => unreachable!("not asked of a server"),
+        Command::Serve(_) | Command::Reset(_) | Command::Daemon(_) | Command::Unpack(_) | Command::Doctor(_) => {
+            unreachable!("not asked of a server")
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -48,7 +48,7 @@ impl NotRunning {
 
     fn hint(&self) -> &'static str {
         if self.source.kind() == io::ErrorKind::PermissionDenied {
-            "the socket belongs to root and the group funtainer: use sudo, or join the group"
+            "the socket belongs to root and the group funtainer: use sudo, join the group, or start a server of your own with: funtainer serve"
         } else {
             "is the server running? start it with: funtainer serve (another place is given by --host or FUNTAINER_HOST)"
         }
@@ -108,7 +108,10 @@ mod tests {
 
     #[test]
     fn no_server_says_what_to_do() {
-        let error = anyhow::Error::from(NotRunning::new(&Host::default(), io::ErrorKind::NotFound.into()));
+        let error = anyhow::Error::from(NotRunning::new(
+            &Host::at(crate::places::ADMIN_OF_ROOT.into()),
+            io::ErrorKind::NotFound.into(),
+        ));
         let text = said(&error, Output::Text);
         assert!(text.contains("unix:///run/funtainer/admin.sock") && text.contains("funtainer serve"), "{text}");
         let json: serde_json::Value = serde_json::from_str(&said(&error, Output::Json)).unwrap();

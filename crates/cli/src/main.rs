@@ -6,10 +6,12 @@ mod client;
 mod commands;
 mod daemon;
 mod failure;
+mod places;
 mod progress;
 mod serve;
 mod streams;
 mod terminal;
+mod unpack;
 
 use std::process::ExitCode;
 
@@ -23,9 +25,11 @@ fn main() -> ExitCode {
     let is_run = matches!(command, Command::Run(_) | Command::Exec(_));
     let result = match command {
         Command::Serve(serve) => serve::serve(serve),
+        Command::Reset(reset) => serve::reset(reset),
         Command::Daemon(daemon) => daemon::daemon(&daemon),
+        Command::Unpack(unpack) => return unpack::unpack(&unpack),
         Command::Doctor(doctor) => commands::doctor(output, &doctor),
-        command => ask(&host, output, command),
+        command => ask(&host.unwrap_or_else(places::server), output, command),
     };
     match result {
         Ok(code) => code,

@@ -1,4 +1,4 @@
-//! `serve`: this process becomes the keeper.
+//! `serve`: this process becomes the keeper. `reset`: what it left is removed.
 
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -9,7 +9,8 @@ use funtainer_sandbox::mount::Features;
 
 use funtainer_model::Network;
 
-use crate::args::Serve;
+use crate::args::{Reset, Serve};
+use crate::places;
 
 /// What a server without a port says when it is ready.
 pub(crate) const READY: &str = "listening on the admin socket";
@@ -24,15 +25,24 @@ pub(crate) fn serve(serve: Serve) -> anyhow::Result<ExitCode> {
     }
     let settings = KeeperSettings {
         listen: serve.listen.0,
-        admin: serve.admin,
-        data: serve.data,
+        admin: serve.admin.map_or_else(places::admin, Ok)?,
+        data: serve.data.map_or_else(places::data, Ok)?,
         daemon: vec!["funtainer".into(), "daemon".into()],
+        unpack: vec!["funtainer".into(), "unpack".into()],
         mounts: Features::NEWEST,
         network: NetworkSettings { on: serve.network == Network::On, range: serve.network_range, resolvers: serve.dns },
         announce,
         log,
     };
     Ok(keeper::run(settings)?.exit_code().into())
+}
+
+/// Removes the data directory. No thread may be there yet.
+pub(crate) fn reset(reset: Reset) -> anyhow::Result<ExitCode> {
+    let data = reset.data.map_or_else(places::data, Ok)?;
+    anyhow::ensure!(reset.yes, "{} would be removed with all functions, images and logs: say so with --yes", data.display());
+    keeper::remove_data(&data, |_| {})?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn announce(address: Option<SocketAddr>) {

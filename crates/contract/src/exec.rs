@@ -187,7 +187,7 @@ mod tests {
         let env: Vec<_> = planned.env.iter().map(ToString::to_string).collect();
         assert_eq!(env, ["PATH=/bin", "HOME=/srv/app", "TERM=xterm", "A=2", "B=3"]);
         assert_eq!(planned.working_dir, "/var/log");
-        assert_eq!(planned.user, User { uid: 1000, gid: 100, groups: vec![50] });
+        assert_eq!(planned.user, User { uid: 1000, gid: 100, groups: vec![100, 50] });
         let named = exec(&plan(), Some(&Files), ExecRequest { env: vec![var("TERM=vt100"), var("HOME=/")], ..asked }).unwrap();
         assert!(named.env.contains(&var("TERM=vt100")) && named.env.contains(&var("HOME=/")), "{:?}", named.env);
     }
@@ -202,7 +202,7 @@ mod tests {
         let stranger = ExecRequest { user: Some("nobody-here".to_owned()), ..request(&["a"]) };
         assert!(matches!(refused(stranger), PlanError::UserUnknown(_)));
         let by_number = ExecRequest { user: Some("12:34".to_owned()), ..request(&["a"]) };
-        assert_eq!(exec(&plan(), None, by_number).unwrap().user, User { uid: 12, gid: 34, groups: Vec::new() });
+        assert_eq!(exec(&plan(), None, by_number).unwrap().user, User { uid: 12, gid: 34, groups: vec![34] });
         let nowhere = ExecRequest { working_dir: Some("a\0".to_owned()), ..request(&["a"]) };
         assert!(matches!(refused(nowhere), PlanError::Nul(_)));
     }

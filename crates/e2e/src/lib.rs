@@ -17,5 +17,6 @@ pub mod process;
 pub mod pty;
 pub mod registry;
 pub mod server;
+pub mod user;
 pub mod wait;
 pub mod world;

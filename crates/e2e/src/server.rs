@@ -1,6 +1,7 @@
 //! The server under test: `funtainer serve` with a data directory, an admin socket and a port of its own.
 
 use std::cell::RefCell;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -20,6 +21,7 @@ use crate::http::{self, Connection, Endpoint, Response};
 use crate::image::Image;
 use crate::leak::{Scope, parse};
 use crate::process::{Finished, Running};
+use crate::user::User;
 use crate::{paths, process, wait};
 
 /// How long a server may take until it is ready.
@@ -71,17 +73,30 @@ impl Server {
     /// The same with more flags, or by another command.
     pub fn start_with(places: &Places, listen: &str, scope: Option<&Scope>, extra: &Extra) -> Result<Self> {
         let program = paths::funtainer()?;
+        let mut words = extra.wrapper.iter().map(OsString::from).chain([program.into_os_string()]);
+        let mut command = Command::new(words.next().context("a command has a first word")?);
+        command.args(words).args(["serve", "--listen", listen, "--admin"]).arg(&places.admin);
+        command.arg("--data").arg(&places.data).args(&extra.flags);
+        Self::spawn(&command, places, scope)
+    }
+
+    /// Starts the server of an ordinary user at the places that it chooses by itself.
+    pub fn start_as(user: &User, listen: &str, scope: Option<&Scope>) -> Result<Self> {
+        let places = Places {
+            data: user.home().join(".local/share/funtainer"),
+            admin: user.runtime().join("funtainer.sock"),
+            log: user.home().join("serve.log"),
+        };
+        let mut command = user.command(user.program());
+        command.args(["serve", "--listen", listen]);
+        Self::spawn(&command, &places, scope)
+    }
+
+    /// Starts a server by a command that becomes it, or waits for it, with what it says on its own standard output.
+    pub fn spawn(command: &Command, places: &Places, scope: Option<&Scope>) -> Result<Self> {
+        let program = paths::funtainer()?;
         let log = File::options().create(true).append(true).open(&places.log)?;
-        // The shell enters the scope and becomes the server, which has its process id then.
-        let procs = scope.map_or_else(|| PathBuf::from("/dev/null"), Scope::procs);
-        let mut command = Command::new("sh");
-        command.args(["-c", r#"echo $$ > "$0" && exec "$@""#]).arg(procs).args(&extra.wrapper).arg(&program);
-        let mut child = command
-            .args(["serve", "--listen", listen, "--admin"])
-            .arg(&places.admin)
-            .arg("--data")
-            .arg(&places.data)
-            .args(&extra.flags)
+        let mut child = in_scope(command, scope)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log)
@@ -271,9 +286,15 @@ impl Server {
 
     /// Ends the keeper with a signal; the standard output must have had its one line only.
     pub fn end(&mut self, signal: Signal) -> Result<ExitStatus> {
-        kill_process(Pid::from_child(&self.child), signal).context("cannot signal funtainer serve")?;
+        let pid = Pid::from_child(&self.child);
+        self.end_by(|| kill_process(pid, signal).with_context(|| format!("cannot send {signal:?} to funtainer serve")))
+    }
+
+    /// The same in another way.
+    pub fn end_by(&mut self, end: impl FnOnce() -> Result<()>) -> Result<ExitStatus> {
+        end()?;
         let Some(status) = wait::exited(&mut self.child, STOP_LIMIT)? else {
-            bail!("funtainer serve still runs {STOP_LIMIT:?} after {signal:?}:\n{}", tail(&self.places.log));
+            bail!("funtainer serve still runs {STOP_LIMIT:?} after it was to end:\n{}", tail(&self.places.log));
         };
         if let Ok(line) = self.stdout.try_recv() {
             bail!("funtainer serve printed more than one line: {line}");
@@ -302,6 +323,30 @@ impl Drop for Server {
         let _ = self.child.wait();
         self.troubles.borrow_mut().push(trouble);
     }
+}
+
+/// The same command, whose process and all of whose children belong to the scope.
+fn in_scope(command: &Command, scope: Option<&Scope>) -> Command {
+    let mut fenced = match scope.and_then(Scope::entrance) {
+        None => Command::new(command.get_program()),
+        Some(entrance) => {
+            // The shell enters the scope and becomes the program, which has its process id then.
+            let mut fenced = Command::new("sh");
+            fenced.args(["-c", r#"echo $$ > "$0" && exec "$@""#]).arg(entrance).arg(command.get_program());
+            fenced
+        }
+    };
+    fenced.args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => fenced.env(name, value),
+            None => fenced.env_remove(name),
+        };
+    }
+    if let Some(directory) = command.get_current_dir() {
+        fenced.current_dir(directory);
+    }
+    fenced
 }
 
 /// The end of a log, for error messages.

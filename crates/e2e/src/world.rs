@@ -12,6 +12,7 @@ use crate::leak::{Scope, Snapshot, Subject};
 use crate::network::Own;
 use crate::paths;
 use crate::server::{Extra, Places, Server, Troubles, tail};
+use crate::user::User;
 
 /// Scenarios that run at once: each has a server and some containers, and most of its time it waits.
 const SCENARIOS_MAX: usize = 4;
@@ -106,14 +107,22 @@ impl World {
         self.start(places, listen, &Extra::default())
     }
 
+    /// Starts the server of an ordinary user on a free port.
+    pub fn serve_as(&self, user: &User) -> Result<Server> {
+        Ok(self.watched(Server::start_as(user, "127.0.0.1:0", Some(&self.scope))?))
+    }
+
     fn start(&self, places: &Places, listen: &str, extra: &Extra) -> Result<Server> {
-        let server = Server::start_with(places, listen, Some(&self.scope), extra)?;
+        Ok(self.watched(Server::start_with(places, listen, Some(&self.scope), extra)?))
+    }
+
+    fn watched(&self, server: Server) -> Server {
         self.servers.borrow_mut().push(Served {
-            places: places.clone(),
+            places: server.places().clone(),
             port: server.address().port(),
             troubles: server.troubles(),
         });
-        Ok(server)
+        server
     }
 
     /// Whose leaks are looked for: those of every server that was started here.

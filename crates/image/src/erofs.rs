@@ -18,6 +18,7 @@ mod emit;
 mod format;
 mod reader;
 mod tree;
+mod unpack;
 mod writer;
 mod xattr;
 
@@ -27,5 +28,6 @@ pub use format::{
 };
 pub use reader::{DirEntry, Inode, InodeKind, Nid, ReadError, Reader};
 pub use tree::{EntryReason, NAME_BYTES_MAX, SYMLINK_HOPS_MAX, WALK_STEPS_MAX};
+pub use unpack::{UnpackError, UnpackSummary, remove, unpack};
 pub use writer::{ENTRIES_MAX, IMAGE_BLOCKS_MAX, METADATA_BYTES_MAX, WriteError, WriteOptions, WriteSummary, write};
 pub use xattr::{XATTR_NAME_BYTES_MAX, XATTR_TOTAL_BYTES_MAX, XATTR_VALUE_BYTES_MAX};

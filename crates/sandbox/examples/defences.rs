@@ -146,7 +146,8 @@ fn steps() -> Result<[f64; CHILD.len()], StepError> {
     step(&mut || mount::device_tree(c"/dev", c"/sys/dev"));
     step(&mut || {
         let shm = Tmpfs { size_bytes: 1 << 20, uid: 0, gid: 0, mode: 0o1777, attributes: INERT };
-        for (name, made) in [(c"dev/pts", mount::devpts()), (c"dev/shm", mount::tmpfs(&shm)), (c"dev/mqueue", mount::mqueue())]
+        for (name, made) in
+            [(c"dev/pts", mount::devpts(BASE.into())), (c"dev/shm", mount::tmpfs(&shm)), (c"dev/mqueue", mount::mqueue())]
         {
             mount::attach(made?.as_fd(), mount::target(root.as_fd(), name)?.as_fd())?;
         }

@@ -37,6 +37,7 @@ fn serve(admin: &str, data: &str) -> Result<ExitCode, Box<dyn Error>> {
         admin: admin.into(),
         data: data.into(),
         daemon: vec!["keeper_host".into(), "daemon".into()],
+        unpack: vec!["keeper_host".into(), "unpack".into()],
         mounts,
         // Only tests that have a network namespace of their own ask for it: the host's is not theirs to change.
         network: NetworkSettings { on: std::env::var_os("KEEPER_HOST_NETWORK").is_some(), ..NetworkSettings::default() },

@@ -19,13 +19,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use rustix::net::SendFlags;
-use rustix::process::{Gid, Uid};
 
 use crate::clone::clone_sibling;
 use crate::init::{self, EXIT_NOT_EXECUTED, Failed, Person, Prepared, at};
 use crate::orders::NAMESPACES;
 use crate::program::{Program, c_string};
 use crate::protocol::{ExecSpec, InitMessage, InitStep, WindowSize};
+use crate::userns::IdRange;
 use crate::{cgroup, fds};
 
 /// The number at which the socket to the daemon stands.
@@ -41,15 +41,11 @@ pub(crate) struct Command {
 
 impl Command {
     /// From a checked specification.
-    pub(crate) fn new(spec: &ExecSpec) -> Self {
+    pub(crate) fn new(spec: &ExecSpec, ids: IdRange) -> Self {
         Self {
             program: Program::new(&spec.argv, &spec.env),
             working_dir: c_string(&spec.working_dir),
-            person: Person {
-                uid: Uid::from_raw(spec.uid),
-                gid: Gid::from_raw(spec.gid),
-                groups: spec.groups.iter().map(|group| Gid::from_raw(*group)).collect(),
-            },
+            person: Person::new(ids, spec.uid, spec.gid, &spec.groups),
             terminal: spec.terminal,
         }
     }

@@ -21,7 +21,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 
-use rustix::fs::{Access, MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::fs::{Access, MemfdFlags, Mode, OFlags, SealFlags, Stat};
 use rustix::io::{Errno, FdFlags};
 use rustix::mount::{MountAttrFlags, OpenTreeFlags};
 
@@ -131,7 +131,14 @@ fn inherited(marker: &OsStr) -> Option<(Ground, OwnedFd, OwnedFd)> {
 /// A detached mount of this program's file.
 fn mounted() -> Result<OwnedFd, StepError> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let mount = rustix::mount::open_tree(rustix::fs::CWD, OWN, flags).map_err(at("mount the keeper's file"))?;
+    // By its path where this process has changed its mount namespace: the link leads to a mount of the former one, which cannot be cloned.
+    let mount = rustix::mount::open_tree(rustix::fs::CWD, OWN, flags)
+        .or_else(|_| rustix::mount::open_tree(rustix::fs::CWD, rustix::fs::readlink(OWN, Vec::new())?, flags))
+        .map_err(at("mount the keeper's file"))?;
+    let identity = |found: Stat| (found.st_dev, found.st_ino);
+    if rustix::fs::fstat(&mount).map(identity) != rustix::fs::stat(OWN).map(identity) {
+        return Err(StepError { step: "find the keeper's file at its path", errno: Errno::NOENT });
+    }
     let flags = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NOSUID;
     mount::add_flags(mount.as_fd(), flags).map_err(at("protect the keeper's file"))?;
     Ok(mount)

@@ -29,7 +29,9 @@ use crate::seccomp::Filter;
 use crate::signals::{self, FORWARD, SignalSet};
 use crate::step::StepError;
 use crate::title::Title;
-use crate::{cgroup, fds, netns, terminal, userns};
+use crate::userns::{self, IdRange};
+use crate::zygote::Plan;
+use crate::{cgroup, fds, netns, terminal};
 
 /// What a place in the shared page holds until the init has written its main process's wait status: no wait status looks like it.
 pub(crate) const NO_STATUS: i32 = i32::MIN;
@@ -74,12 +76,15 @@ pub(crate) struct Prepared {
     listeners: Vec<u16>,
     sockets: SocketCounts,
     person: Person,
+    ids: IdRange,
     /// Instead of the streams that come with a start.
     terminal: Option<WindowSize>,
     read_only_root: bool,
     no_new_privileges: bool,
     stop_signal: i32,
     open_files: u64,
+    /// Most processes in the user namespace, where no control group limits them.
+    processes: Option<u64>,
 }
 
 /// Who a program runs as.
@@ -87,6 +92,21 @@ pub(crate) struct Person {
     pub(crate) uid: Uid,
     pub(crate) gid: Gid,
     pub(crate) groups: Vec<Gid>,
+    /// Capabilities: by the user that is asked for, also where root stands in for it because there is no other id.
+    pub(crate) kept: CapabilitySet,
+}
+
+impl Person {
+    /// Who these ids are in a user namespace with `ids`.
+    pub(crate) fn new(ids: IdRange, uid: u32, gid: u32, groups: &[u32]) -> Self {
+        let groups = if ids.is_single() { &[] } else { groups };
+        Self {
+            uid: Uid::from_raw(ids.inside(uid)),
+            gid: Gid::from_raw(ids.inside(gid)),
+            groups: groups.iter().map(|group| Gid::from_raw(*group)).collect(),
+            kept: if uid == 0 { userns::KEPT } else { CapabilitySet::empty() },
+        }
+    }
 }
 
 /// A directory, by the path of its parent and its name there; both relative to the root.
@@ -141,8 +161,9 @@ struct PreparedFile {
 }
 
 impl Prepared {
-    /// From a checked specification.
-    pub(crate) fn new(spec: &RevisionSpec, views: &[ViewName], filter: Filter, title: Title) -> Self {
+    /// From a plan with a checked specification.
+    pub(crate) fn new(plan: &Plan<'_>, filter: Filter) -> Self {
+        let Plan { spec, ids, title, processes, ref views, .. } = *plan;
         let files = spec.files.iter().map(|file| {
             let mut places = places(&file.path);
             let place = places.pop().unwrap_or(Place { parent: c".".to_owned(), name: c".".to_owned() });
@@ -168,11 +189,8 @@ impl Prepared {
             files: files.collect(),
             listeners: spec.listeners.clone(),
             sockets: spec.sockets,
-            person: Person {
-                uid: Uid::from_raw(spec.uid),
-                gid: Gid::from_raw(spec.gid),
-                groups: spec.groups.iter().map(|group| Gid::from_raw(*group)).collect(),
-            },
+            person: Person::new(ids, spec.uid, spec.gid, &spec.groups),
+            ids,
             terminal: match spec.streams {
                 Streams::Terminal(size) => Some(size),
                 Streams::Log | Streams::Call => None,
@@ -181,7 +199,13 @@ impl Prepared {
             no_new_privileges: spec.isolation.no_new_privileges,
             stop_signal: spec.stop_signal.number().into(),
             open_files: spec.limits.open_files.into(),
+            processes: processes.map(u64::from),
         }
+    }
+
+    /// The ids of the user namespace.
+    pub(crate) fn ids(&self) -> IdRange {
+        self.ids
     }
 
     /// Shows this text as the command line of this process.
@@ -335,6 +359,10 @@ pub(crate) fn confine(prepared: &Prepared) -> Result<(), Failed> {
     let most = rustix::process::getrlimit(Resource::Nofile).maximum;
     let most = Some(most.map_or(prepared.open_files, |most| most.min(prepared.open_files)));
     rustix::process::setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).map_err(&privileges)?;
+    if prepared.processes.is_some() {
+        let most = prepared.processes;
+        rustix::process::setrlimit(Resource::Nproc, Rlimit { current: most, maximum: most }).map_err(&privileges)?;
+    }
     not_dumpable()?;
     userns::drop_bounding(userns::KEPT).map_err(during(InitStep::Privileges))?;
     // Without it setuid bits and file capabilities give what the bounding set holds. The filter needs it, or CAP_SYS_ADMIN, which ends with
@@ -377,7 +405,7 @@ fn mounts(prepared: &Prepared, root: OwnedFd, views: &[CString]) -> Result<(), F
     mount::move_tree(c"/dev", place(c"dev")?.as_fd()).map_err(&failed)?;
     let shm = Tmpfs { size_bytes: prepared.shm_bytes, uid: 0, gid: 0, mode: 0o1777, attributes: INERT };
     for (name, made) in [
-        (c"dev/pts", mount::devpts()),
+        (c"dev/pts", mount::devpts(prepared.ids)),
         (c"dev/shm", mount::tmpfs(&shm)),
         (c"dev/mqueue", mount::mqueue()),
         (c"proc", mount::procfs()),
@@ -595,8 +623,7 @@ fn change(child: &Child<'_>) -> Result<(), Failed> {
 pub(crate) fn become_person(person: &Person) -> Result<(), Failed> {
     rustix::process::umask(Mode::from_raw_mode(0o022));
     userns::become_user(person.uid, person.gid, &person.groups).map_err(during(InitStep::Privileges))?;
-    let kept = if person.uid.is_root() { userns::KEPT } else { CapabilitySet::empty() };
-    userns::set_capabilities(kept).map_err(during(InitStep::Privileges))?;
+    userns::set_capabilities(person.kept).map_err(during(InitStep::Privileges))?;
     // Again: a change of ids sets what the sysctl fs.suid_dumpable says. It is the init's memory too, and other processes of the image may
     // look at this one already.
     not_dumpable()?;

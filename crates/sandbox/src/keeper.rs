@@ -19,10 +19,12 @@ mod jail;
 mod layers;
 mod link;
 mod listen;
+mod mode;
 mod networks;
 mod platform;
 mod requests;
 mod resident;
+mod unpacked;
 mod zygotes;
 
 use std::ffi::{CString, OsString};
@@ -30,7 +32,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
@@ -49,15 +51,17 @@ use crate::step::{StepError, at};
 use crate::title::{Title, TitleError};
 use crate::{fds, protocol};
 
-use data::{DaemonUser, DataDirectory};
+use data::DataDirectory;
 use exec::Execs;
 use instances::Instances;
 use jail::Birth;
 use layers::Layers;
 use link::{Fault, Link};
 use listen::{Admin, Tcp};
+use mode::Mode;
 pub use networks::NetworkSettings;
 use networks::{Networks, Pool};
+use unpacked::Unpacked;
 use zygotes::Zygotes;
 
 /// What the daemon may take to drain, as it is told; the rest up to [`STOP_MAX`] is for its own end.
@@ -84,6 +88,8 @@ const TOKEN_NET: u64 = 3;
 const TOKEN_NET_END: u64 = 4;
 /// Zygote K has this plus 2 K for its socket, plus 1 for its end.
 const TOKEN_ZYGOTES: u64 = 16;
+/// Unpacker K has this plus K: far above what zygotes come to.
+const TOKEN_UNPACKERS: u64 = 1 << 48;
 
 /// How `funtainer serve` is set up.
 #[derive(Debug, Clone)]
@@ -96,6 +102,8 @@ pub struct KeeperSettings {
     pub data: PathBuf,
     /// Command line of the daemon, which is this program again: `funtainer daemon`. `--listeners N` is put behind it.
     pub daemon: Vec<OsString>,
+    /// Command line of an unpacker, likewise: `funtainer unpack`. What it is to do is put behind it; see `unpacker`.
+    pub unpack: Vec<OsString>,
     /// Whether and how instances reach what is outside of this machine.
     pub network: NetworkSettings,
     /// The newest ways to mount that are tried: [`Features::NEWEST`]; a test can ask for those of an older kernel.
@@ -148,8 +156,8 @@ pub enum KeeperError {
         /// Which.
         path: PathBuf,
     },
-    /// A directory that only root may write to is somebody else's.
-    #[error("{} must belong to root and be writable by nobody else", path.display())]
+    /// A directory that only the keeper may write to is somebody else's.
+    #[error("{} must belong to who runs `funtainer serve` and be writable by nobody else", path.display())]
     Foreign {
         /// Which.
         path: PathBuf,
@@ -223,7 +231,7 @@ struct Respawn {
 struct Keeper {
     settings: KeeperSettings,
     executable: Executable,
-    user: DaemonUser,
+    mode: Mode,
     title: Title,
     epoll: OwnedFd,
     signals: OwnedFd,
@@ -243,6 +251,8 @@ struct Keeper {
     stopping: Option<Instant>,
     mounts: Mounts,
     layers: Layers,
+    /// In a keeper that may not mount layers.
+    unpacked: Option<Unpacked>,
     zygotes: Zygotes,
     instances: Instances,
     networks: Networks,
@@ -256,6 +266,10 @@ struct Keeper {
 /// anything is opened: the program is executed anew once, with the same arguments, from a place that images cannot reach.
 /// Everything it made is gone afterwards.
 pub fn run(settings: KeeperSettings) -> Result<Ended, KeeperError> {
+    if !rustix::process::geteuid().is_root() {
+        // Before the next line: root of a user namespace may mount.
+        crate::rootless::enter(settings.log).map_err(KeeperError::Missing)?;
+    }
     let executable = Executable::settle()?;
     let mut keeper = Keeper::open(settings, executable)?;
     let ended = keeper.serve();
@@ -264,20 +278,33 @@ pub fn run(settings: KeeperSettings) -> Result<Ended, KeeperError> {
     ended
 }
 
+/// Removes a data directory, which no server may use, with all that is in it. Must be called before any thread is started; an ordinary user's
+/// process is in a user namespace afterwards, since there alone can he remove what belongs to his subordinate ids.
+pub fn remove_data(path: &Path, log: fn(&str)) -> Result<(), KeeperError> {
+    if std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count) != 1 {
+        return Err(KeeperError::Threads);
+    }
+    if !rustix::process::geteuid().is_root() {
+        crate::rootless::enter(log).map_err(KeeperError::Missing)?;
+    }
+    data::remove(path)
+}
+
 impl Keeper {
     fn open(settings: KeeperSettings, executable: Executable) -> Result<Self, KeeperError> {
-        if !rustix::process::geteuid().is_root() {
-            let reason = "the sandbox is made by root: run `funtainer serve` with sudo".to_owned();
-            return Err(KeeperError::Missing(Missing { feature: "root", reason }));
-        }
         if std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count) != 1 {
             return Err(KeeperError::Threads);
         }
         // What is made below has the mode that its maker wrote, whatever the caller's shell masks.
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-        let user = DaemonUser::find();
-        let data = DataDirectory::open(&settings.data, user)?;
-        let mounts = Mounts::probe(data.layers.as_fd(), settings.mounts).map_err(KeeperError::Missing)?;
+        let mode = Mode::decide()?;
+        let data = DataDirectory::open(&settings.data, &mode)?;
+        let mounts = match &mode {
+            Mode::Root(_) => Mounts::probe(data.layers.as_fd(), settings.mounts),
+            Mode::Rootless(_) => Mounts::probe_unpacked(data.layers.as_fd(), mode.range(0), settings.mounts),
+        };
+        let mounts = mounts.map_err(KeeperError::Missing)?;
+        let unpacked = Unpacked::open(&data, &mode, settings.log)?;
         // SIGIO says that a lease is being broken, which is looked at where it matters; its default would end the process.
         let handled = SignalSet::of(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGIO]);
         signals::set_mask(&handled).map_err(at("block signals"))?;
@@ -289,14 +316,10 @@ impl Keeper {
         unsafe { title.set(b"funtainer serve") };
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(at("make an epoll"))?;
         epoll::add(&epoll, &signals, EventData::new_u64(TOKEN_SIGNALS), EventFlags::IN).map_err(at("watch signals"))?;
-        let name = format!("funtainer-{}", data.id);
-        let settled = Layout::detect()?.settle(&name);
-        for note in &settled.notes {
-            (settings.log)(note);
-        }
-        let cgroups = Hierarchy::open(&settled.layout, &name)?;
-        for missing in cgroups.missing() {
-            (settings.log)(&format!("control groups here have no {missing}: instances run without it"));
+        let cgroups = open_cgroups(&data.id, &mode, settings.log)?;
+        if !cgroups.missing().is_empty() {
+            let missing = cgroups.missing().join(", no ");
+            (settings.log)(&format!("control groups here have no {missing}: instances run without"));
         }
         match mounts.left_from_before(data.layers.as_fd()) {
             Ok(devices) if devices.is_empty() => {}
@@ -307,7 +330,7 @@ impl Keeper {
             Err(error) => (settings.log)(&format!("loop devices of an earlier server cannot be looked for: {error}")),
         }
         let tcp = settings.listen.map(listen::tcp).transpose();
-        let (tcp, admin) = match tcp.and_then(|tcp| Ok((tcp, listen::admin(&settings.admin)?))) {
+        let (tcp, admin) = match tcp.and_then(|tcp| Ok((tcp, listen::admin(&settings.admin, &mode)?))) {
             Ok(listening) => listening,
             Err(error) => {
                 // Both errors are told: the first is the one to act on.
@@ -322,7 +345,7 @@ impl Keeper {
         Ok(Self {
             settings,
             executable,
-            user,
+            mode,
             title,
             epoll,
             signals,
@@ -339,6 +362,7 @@ impl Keeper {
             stopping: None,
             mounts,
             layers: Layers::default(),
+            unpacked,
             zygotes: Zygotes::default(),
             instances: Instances::default(),
             networks,
@@ -353,6 +377,7 @@ impl Keeper {
     }
 
     fn serve(&mut self) -> Result<Ended, KeeperError> {
+        self.start_unpackers();
         let mut events = Vec::with_capacity(EVENTS);
         self.open_net();
         loop {
@@ -378,6 +403,7 @@ impl Keeper {
                             return Ok(ended);
                         }
                     }
+                    unpacker if unpacker >= TOKEN_UNPACKERS => self.on_unpacker(unpacker - TOKEN_UNPACKERS),
                     TOKEN_NET => self.on_net(flags),
                     TOKEN_NET_END => self.net_ended(),
                     zygote => self.on_zygote(zygote - TOKEN_ZYGOTES, flags),
@@ -453,7 +479,8 @@ impl Keeper {
         let data = self.data.mount_for_daemon()?;
         let birth = Birth {
             data: data.as_fd(),
-            user: self.user,
+            user: self.mode.daemon(),
+            single: self.mode.is_single(),
             executable: &self.executable,
             argv: &argv,
             control: theirs.as_fd(),
@@ -632,10 +659,32 @@ impl Keeper {
             }
         }
         self.close_zygotes();
+        if let Some(unpacked) = &mut self.unpacked {
+            unpacked.close();
+        }
         self.close_net();
         if let Err(error) = self.cgroups.close() {
             (self.settings.log)(&format!("a control group remains: {error}"));
         }
+    }
+}
+
+/// An ordinary user may have no control group to put instances in: then there are none.
+fn open_cgroups(id: &str, mode: &Mode, log: fn(&str)) -> Result<Hierarchy, KeeperError> {
+    let name = format!("funtainer-{id}");
+    let opened = Layout::detect().and_then(|layout| {
+        let settled = layout.settle(&name);
+        for note in &settled.notes {
+            log(note);
+        }
+        Hierarchy::open(&settled.layout, &name)
+    });
+    match opened {
+        Err(error) if mode.is_rootless() => {
+            log(&format!("no control group is delegated to this user ({error})"));
+            Ok(Hierarchy::absent())
+        }
+        other => Ok(other?),
     }
 }
 

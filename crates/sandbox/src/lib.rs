@@ -19,6 +19,7 @@ pub mod netns;
 mod orders;
 mod program;
 pub mod protocol;
+mod rootless;
 pub mod seccomp;
 mod signals;
 pub mod step;
@@ -26,5 +27,6 @@ mod terminal;
 #[cfg(test)]
 mod testing;
 pub mod title;
+pub mod unpacker;
 pub mod userns;
 mod zygote;

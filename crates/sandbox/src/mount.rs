@@ -28,7 +28,7 @@ mod workshop;
 
 pub use inside::{
     DEVICES, MASKED, READ_ONLY, attach, bind, bind_file, device_tree, make_private, mask_all, move_tree, part, pivot,
-    remount_read_only, seal, target, view,
+    remount_read_only, remount_tree_read_only, seal, set_read_only, target, view,
 };
 pub use layers::{Mounted, Mounts, Writable};
 pub use platform::EtcFile;
@@ -43,10 +43,14 @@ use rustix::mount::{
 };
 
 use crate::step::{StepError, at, checked};
+use crate::userns::IdRange;
 
 /// `nosuid`, `nodev`, `noexec`: for file systems that hold no programs.
 pub const INERT: MountAttrFlags =
     MountAttrFlags::MOUNT_ATTR_NOSUID.union(MountAttrFlags::MOUNT_ATTR_NODEV).union(MountAttrFlags::MOUNT_ATTR_NOEXEC);
+
+/// The group of terminals.
+const TTY_GROUP: u32 = 5;
 
 /// How a tmpfs is made.
 #[derive(Debug, Clone, Copy)]
@@ -105,12 +109,15 @@ pub fn sysfs() -> Result<OwnedFd, StepError> {
 /// Most terminals of an instance: the kernel has some 3,000 for all (sysctl `kernel.pty.max` less `kernel.pty.reserve`).
 const TERMINALS_MAX: &CStr = c"256";
 
-/// A new devpts with a `ptmx` of its own that everybody may open; terminals belong to group 5 (`tty` in all distributions).
+/// A new devpts with a `ptmx` of its own that everybody may open; terminals belong to group 5 (`tty` in all distributions) where `ids` has it.
 ///
 /// Neither allocates nor locks: may be called between clone and exec.
-pub fn devpts() -> Result<OwnedFd, StepError> {
+pub fn devpts(ids: IdRange) -> Result<OwnedFd, StepError> {
     let context = open(c"devpts", "fsopen devpts")?;
     for (key, value) in [(c"ptmxmode", c"0666"), (c"mode", c"0620"), (c"gid", c"5"), (c"max", TERMINALS_MAX)] {
+        if key == c"gid" && ids.count <= TTY_GROUP {
+            continue;
+        }
         fsconfig_set_string(&context, key, value).map_err(at("set an option of a devpts"))?;
     }
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;

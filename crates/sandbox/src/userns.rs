@@ -14,6 +14,42 @@ use crate::step::{StepError, at, errno_of};
 /// How many ids each function has: 0 to 65,535 inside, as images expect.
 pub const IDS: u32 = 0x1_0000;
 
+/// The ids of a user namespace: 0 to `count - 1` inside are `base` to `base + count - 1` in the namespace above it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IdRange {
+    /// What 0 inside is above.
+    pub base: u32,
+    /// How many there are, at least one.
+    pub count: u32,
+}
+
+impl IdRange {
+    /// Root alone, which is root above.
+    pub const SINGLE: Self = Self { base: 0, count: 1 };
+
+    /// Whether there is but one id: then nothing inside can have another owner, and groups cannot be set.
+    pub const fn is_single(self) -> bool {
+        self.count == 1
+    }
+
+    /// What an id of an image is inside: itself, or 0 where there is no other.
+    pub const fn inside(self, id: u32) -> u32 {
+        if self.is_single() { 0 } else { id }
+    }
+
+    /// The range as `/proc/PID/uid_map` takes it.
+    fn map(self) -> String {
+        format!("0 {} {}\n", self.base, self.count)
+    }
+}
+
+/// A whole range of [`IDS`] ids from a first one on.
+impl From<u32> for IdRange {
+    fn from(base: u32) -> Self {
+        Self { base, count: IDS }
+    }
+}
+
 /// What a container's root may do within its namespaces: the default of Docker less `NET_RAW`, `MKNOD`, `AUDIT_WRITE` and `SYS_CHROOT`.
 pub const KEPT: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
@@ -30,30 +66,49 @@ pub const KEPT: CapabilitySet = CapabilitySet::CHOWN
 /// `EINVAL`, which ends the loop over the bounding set.
 const CAPABILITIES_MAX: u32 = 63;
 
-/// Makes a user namespace in which the ids 0 to 65,535 are the host's `base` to `base + 65535`, and returns its descriptor (what
-/// `/proc/PID/ns/user` is). For idmapped mounts, and for children to enter. Needs CAP_SETUID and CAP_SETGID over the host ids.
+/// Makes a user namespace with these ids (a number alone is the first of [`IDS`]), and returns its descriptor (what `/proc/PID/ns/user` is).
+/// For idmapped mounts, and for children to enter. Needs CAP_SETUID and CAP_SETGID over the ids.
+pub fn make(ids: impl Into<IdRange>) -> Result<OwnedFd, StepError> {
+    let ids = ids.into();
+    make_with(|pid| write_maps(pid, ids))
+}
+
+/// As [`make`], where `write` gives the new namespace its maps by the pid of the process that is in it.
 ///
 /// A namespace needs a process to be born in: one is cloned for it, and reaped before this returns.
-pub fn make(base: u32) -> Result<OwnedFd, StepError> {
+pub(crate) fn make_with<E: From<StepError>>(write: impl FnOnce(i32) -> Result<(), E>) -> Result<OwnedFd, E> {
     let child = Sleeper::spawn()?;
-    let map = format!("0 {base} {IDS}\n");
-    write_proc(child.pid, "uid_map", map.as_bytes()).map_err(at("write uid_map of a new user namespace"))?;
-    write_proc(child.pid, "gid_map", map.as_bytes()).map_err(at("write gid_map of a new user namespace"))?;
+    write(child.pid)?;
     let path = format!("/proc/{}/ns/user", child.pid);
     let namespace =
         std::fs::File::open(path).map_err(|error| StepError { step: "open a new user namespace", errno: errno_of(&error) })?;
     Ok(namespace.into())
 }
 
+/// The user of this process as the host sees it, or the namespace above: root of an ordinary user's namespace is that user there.
+pub fn outer_uid() -> u32 {
+    let id = rustix::process::geteuid().as_raw();
+    outer_of(id, &std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default())
+}
+
+fn outer_of(id: u32, map: &str) -> u32 {
+    let mut outer = map.lines().filter_map(|line| {
+        let mut numbers = line.split_ascii_whitespace().map_while(|number| number.parse::<u32>().ok());
+        let (inside, outside, count) = (numbers.next()?, numbers.next()?, numbers.next()?);
+        id.checked_sub(inside).filter(|offset| *offset < count).map(|offset| outside + offset)
+    });
+    outer.next().unwrap_or(id)
+}
+
 /// Writes `/proc/PID/FILE` in one write, as the id maps ask for.
-fn write_proc(pid: i32, file: &str, bytes: &[u8]) -> Result<(), Errno> {
+pub(crate) fn write_proc(pid: i32, file: &str, bytes: &[u8]) -> Result<(), Errno> {
     let open = std::fs::OpenOptions::new().write(true).open(format!("/proc/{pid}/{file}"));
     open.and_then(|mut file| file.write_all(bytes)).map_err(|error| errno_of(&error))
 }
 
 /// Gives the process `pid` (born with `CLONE_NEWUSER`) the map of [`make`].
-pub fn write_maps(pid: i32, base: u32) -> Result<(), StepError> {
-    let map = format!("0 {base} {IDS}\n");
+pub fn write_maps(pid: i32, ids: impl Into<IdRange>) -> Result<(), StepError> {
+    let map = ids.into().map();
     write_proc(pid, "uid_map", map.as_bytes()).map_err(at("write uid_map"))?;
     write_proc(pid, "gid_map", map.as_bytes()).map_err(at("write gid_map"))
 }
@@ -68,11 +123,26 @@ pub fn become_root() -> Result<(), StepError> {
 /// Sets the supplementary groups, then all group ids, then all user ids of the calling thread. Leaving uid 0 clears the effective and
 /// permitted capabilities (capabilities(7)).
 ///
+/// In a user namespace that denies setgroups(2), which one of a single id does, the groups of the host's user stay: there is no way to give
+/// them up (user_namespaces(7)). They open nothing that the mounts do not show.
+///
 /// Raw system calls on the calling thread only, where the C library would signal all threads: may be called between clone and exec.
 pub fn become_user(uid: Uid, gid: Gid, groups: &[Gid]) -> Result<(), StepError> {
-    rustix::thread::set_thread_groups(groups).map_err(at("setgroups"))?;
+    match rustix::thread::set_thread_groups(groups) {
+        Err(Errno::PERM) if groups.is_empty() && setgroups_is_denied() => {}
+        other => other.map_err(at("setgroups"))?,
+    }
     rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(at("setresgid"))?;
     rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(at("setresuid"))
+}
+
+/// Whether nobody may set groups in this user namespace. Neither allocates nor locks.
+fn setgroups_is_denied() -> bool {
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
+    let mut word = [0_u8; 8];
+    let read = rustix::fs::open(c"/proc/self/setgroups", flags, rustix::fs::Mode::empty())
+        .and_then(|file| rustix::io::read(file, &mut word[..]));
+    read.is_ok_and(|length| word[..length].starts_with(b"deny"))
 }
 
 /// Takes all but `kept` out of the bounding set, for good: no exec brings them back. Needs CAP_SETPCAP.
@@ -217,6 +287,15 @@ mod tests {
     }
 
     #[test]
+    fn root_of_a_namespace_is_who_he_is_above() {
+        let first = "         0          0 4294967295\n";
+        assert_eq!((outer_of(0, first), outer_of(1000, first)), (0, 1000));
+        let own = "         0       1000          1\n         1     100000      65536\n";
+        assert_eq!((outer_of(0, own), outer_of(2, own)), (1000, 100_001));
+        assert_eq!((outer_of(70_000, own), outer_of(70_000, "no map")), (70_000, 70_000));
+    }
+
+    #[test]
     fn two_maps_cannot_be_written() {
         need_root();
         let child = Child::start(libc::CLONE_NEWUSER, || Ok(()));
@@ -229,7 +308,7 @@ mod tests {
     fn a_map_past_the_last_id_is_refused() {
         need_root();
         let error = make(u32::MAX - 10).expect_err("there are no such ids");
-        assert_eq!((error.step, error.errno), ("write uid_map of a new user namespace", Errno::INVAL));
+        assert_eq!((error.step, error.errno), ("write uid_map", Errno::INVAL));
     }
 
     #[test]

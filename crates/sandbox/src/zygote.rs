@@ -38,7 +38,8 @@ use crate::seccomp::{self, Filter};
 use crate::signals::{self, Reaped, SignalSet};
 use crate::step::{StepError, at, checked};
 use crate::title::Title;
-use crate::{exec, netns, userns};
+use crate::userns::{self, IdRange};
+use crate::{exec, netns};
 
 /// Most instances of one zygote: the places in its shared page.
 pub(crate) const INSTANCES_MAX: usize = 1024;
@@ -58,13 +59,15 @@ const ROOT_BYTES: u64 = 64 << 10;
 /// What a zygote is made from.
 pub(crate) struct Plan<'a> {
     pub(crate) spec: &'a RevisionSpec,
+    /// The ids of its user namespace.
+    pub(crate) ids: IdRange,
     pub(crate) title: Title,
     /// Shown behind `funtainer zygote`.
     pub(crate) name: &'a str,
     /// The zygote's end of its pair.
     pub(crate) socket: BorrowedFd<'a>,
-    /// Host id that its user namespace belongs to: that of its own root.
-    pub(crate) owner: u32,
+    /// Most processes of all instances together, where no control group limits those of each.
+    pub(crate) processes: Option<u32>,
     /// The control group that it is born in, where it has one.
     pub(crate) group: Option<BorrowedFd<'a>>,
     /// Where instances see their control groups; a view for each comes with the order to set up.
@@ -83,7 +86,7 @@ pub(crate) struct Forked {
 /// # Safety
 /// No other thread may run in this process.
 pub(crate) unsafe fn fork(plan: &Plan<'_>) -> Result<Forked, Errno> {
-    let owner = userns::Owner::assume(plan.owner)?;
+    let owner = userns::Owner::assume(plan.ids.base)?;
     // SAFETY: the caller promises one thread; the child ends in `live`, which does not return.
     let cloned = unsafe { clone3_into(OWN_NAMESPACES, plan.group) };
     match cloned? {
@@ -215,7 +218,7 @@ impl<'a> Zygote<'a> {
         minimal_root(&plan.views, views)?;
         let limit = rustix::fs::open("/proc/sys/user/max_user_namespaces", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
         limit.and_then(|file| rustix::io::write(file, b"0")).map_err(at("forbid nested user namespaces"))?;
-        let prepared = Prepared::new(plan.spec, &plan.views, Filter::compile(&seccomp::DEFAULT), plan.title);
+        let prepared = Prepared::new(plan, Filter::compile(&seccomp::DEFAULT));
         let statuses = Statuses::new(INSTANCES_MAX).map_err(at("map the shared page"))?;
         let pids = Statuses::new(EXECS_MAX).map_err(at("map the shared page"))?;
         // SAFETY: one thread, which reads neither arguments nor environment.
@@ -467,7 +470,7 @@ impl<'a> Zygote<'a> {
         }
         let namespaces = namespaces.map(|namespace| namespace.expect("each was filled"));
         let group = if born { Some(next()?) } else { None };
-        let command = exec::Command::new(spec);
+        let command = exec::Command::new(spec, self.prepared.ids());
         let Some(place) = self.pids.take() else {
             return Err(StepError { step: "find a place for a command", errno: Errno::USERS });
         };

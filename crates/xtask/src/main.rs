@@ -16,7 +16,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 
 /// Developer commands of funtainer.
@@ -30,7 +30,7 @@ struct Arguments {
 }
 
 const AFTER_HELP: &str = "Examples:
-  cargo xtask demo                 from an image in a registry to an answered call, with the time of each phase
+  cargo xtask demo                 from an image in a registry to an answered call, with the time of each phase; needs no root
   cargo xtask test                 everything that a change must pass; as root, 10 to 30 minutes on two cores
   cargo xtask test --only tests --filter stdio
                                    the tests whose name contains 'stdio'
@@ -44,9 +44,16 @@ const AFTER_HELP: &str = "Examples:
 enum Task {
     /// Show funtainer at work: a registry, a server, an image made here, calls cold and warm, and nothing left afterwards.
     ///
-    /// Installs docker-registry and skopeo with apt where they are missing, and starts no service. Needs root and Linux 6.1 or later.
-    /// Under five minutes with the first build, seconds without.
-    Demo,
+    /// As root: a server of root, then one of an ordinary user who is made for that. As an ordinary user: that user's own server (Linux 6.6 or
+    /// later), or with --sudo one of root.
+    ///
+    /// Installs docker-registry and skopeo with apt where they are missing and root is there to do it, and starts no service. Under five minutes with
+    /// the first build, seconds without.
+    Demo {
+        /// As an ordinary user: build as that user, and raise only `funtainer serve`, by sudo.
+        #[arg(long)]
+        sudo: bool,
+    },
     /// Run everything that a change must pass: format, lints, tidy, documentation, tests.
     ///
     /// Installs what the tests need with apt, and starts no service. The tests start real containers and need root and Linux 6.1 or later.
@@ -80,7 +87,7 @@ enum Task {
 
 fn main() -> ExitCode {
     let done: Result<ExitCode> = match Arguments::parse().task {
-        Task::Demo => demo().map(|()| ExitCode::SUCCESS),
+        Task::Demo { sudo } => demo(sudo).map(|()| ExitCode::SUCCESS),
         Task::Test(options) => gate::run(&options),
         Task::Vm(options) => vm::run(&options),
         Task::Bench { quick, json } => bench(quick, json).map(|()| ExitCode::SUCCESS),
@@ -93,12 +100,17 @@ fn main() -> ExitCode {
     })
 }
 
-fn demo() -> Result<()> {
-    machine::can_run_containers()?;
-    packages::install(packages::DEMO)?;
+fn demo(sudo: bool) -> Result<()> {
+    if machine::is_root() {
+        ensure!(!sudo, "--sudo is for ordinary users, and this is root");
+        machine::builds_in_own_tree()?;
+    }
+    machine::has_kernel()?;
+    packages::provide(packages::DEMO, sudo)?;
     let binary = build::funtainer()?;
     let demo = build::program("demo")?;
-    become_program(build::outside(Command::new(demo)).env("FUNTAINER_BIN", binary))
+    let flag = sudo.then_some("--sudo");
+    become_program(build::outside(Command::new(demo)).args(flag).env("FUNTAINER_BIN", binary))
 }
 
 fn bench(quick: bool, json: bool) -> Result<()> {

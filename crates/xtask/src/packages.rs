@@ -18,8 +18,13 @@ const fn tool(program: &'static str, package: &'static str) -> Tool {
 }
 
 /// For `demo`.
-pub(crate) const DEMO: &[Tool] =
-    &[tool("docker-registry", "docker-registry"), tool("skopeo", "skopeo"), tool("/bin/busybox", "busybox-static")];
+pub(crate) const DEMO: &[Tool] = &[
+    tool("docker-registry", "docker-registry"),
+    tool("skopeo", "skopeo"),
+    tool("/bin/busybox", "busybox-static"),
+    tool("newuidmap", "uidmap"),
+    tool("setpriv", "util-linux"),
+];
 
 /// For `image`.
 pub(crate) const IMAGE: &[Tool] = &[tool("/bin/busybox", "busybox-static")];
@@ -37,6 +42,9 @@ pub(crate) const TEST: &[Tool] = &[
     tool("fsck.erofs", "erofs-utils"),
     tool("setfattr", "attr"),
     tool("unshare", "util-linux"),
+    tool("newuidmap", "uidmap"),
+    tool("pasta", "passt"),
+    tool("slirp4netns", "slirp4netns"),
     tool("ip", "iproute2"),
     tool("nft", "nftables"),
     tool("iptables", "iptables"),
@@ -66,9 +74,27 @@ const POLICY: &str = "/usr/sbin/policy-rc.d";
 /// Exit code 101: no action is allowed.
 const POLICY_TEXT: &str = "#!/bin/sh\nexit 101\n";
 
+fn missing(tools: &[Tool]) -> Vec<&'static str> {
+    tools.iter().filter(|tool| !is_there(tool.program)).map(|tool| tool.package).collect()
+}
+
+/// As [`install`]; for an ordinary user it is sudo that installs, if that was asked for, and else it is told what is to be installed.
+pub(crate) fn provide(tools: &[Tool], sudo: bool) -> Result<()> {
+    let missing = missing(tools);
+    if missing.is_empty() || rustix::process::geteuid().is_root() {
+        return install(tools);
+    }
+    let words = ["apt-get", "install", "--yes", "--no-install-recommends"];
+    ensure!(sudo, "{0} missing: as root, `{1} {2}`", missing.join(", "), words.join(" "), missing.join(" "));
+    eprintln!("sudo {} {}", words.join(" "), missing.join(" "));
+    let status = Command::new("sudo").args(words).args(&missing).status().context("cannot start sudo")?;
+    ensure!(status.success(), "apt-get install {} failed with {status}", missing.join(" "));
+    Ok(())
+}
+
 /// Installs the packages whose programs are missing.
 pub(crate) fn install(tools: &[Tool]) -> Result<()> {
-    let missing: Vec<_> = tools.iter().filter(|tool| !is_there(tool.program)).map(|tool| tool.package).collect();
+    let missing = missing(tools);
     if missing.is_empty() {
         return Ok(());
     }

@@ -46,6 +46,8 @@ fn run_keeper(directory: &Path) -> Result<()> {
         admin: directory.join("admin.sock"),
         data: directory.join("data"),
         daemon: ["keeper-test", "daemon"].map(Into::into).to_vec(),
+        // For ordinary users only; these tests are root.
+        unpack: ["keeper-test", "unpack"].map(Into::into).to_vec(),
         announce: |_| {},
         log: |line| eprintln!("keeper: {line}"),
     };

@@ -11,9 +11,10 @@ use crate::streams;
 
 /// Looks, and tells it. The exit code is 1 where no server can start. No thread may be there yet.
 pub(crate) fn doctor(form: Output, doctor: &Doctor) -> anyhow::Result<ExitCode> {
-    let report = doctor::examine(&doctor.data);
+    let data = doctor.data.clone().map_or_else(crate::places::data, Ok)?;
+    let report = doctor::examine(&data);
     match form {
-        Output::Json => streams::json(&value(&report, &doctor.data))?,
+        Output::Json => streams::json(&value(&report, &data))?,
         Output::Text => streams::line(&text(&report))?,
     }
     Ok(if report.is_sound() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -91,10 +91,6 @@ impl Private {
 
 /// Whether a server can be started here, and may use the data directory.
 fn may_start(unanswered: &NotRunning, data: &Path) -> anyhow::Result<()> {
-    if !rustix::process::geteuid().is_root() {
-        let hint = "start one with `sudo funtainer serve`, or run this command with sudo: it then starts one for itself";
-        return Err(Unable { what: unanswered.to_string(), hint }.into());
-    }
     let Ok(lock) = File::open(data.join("lock")) else { return Ok(()) };
     match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared) {
         Err(rustix::io::Errno::WOULDBLOCK) => Err(Unable {

@@ -28,7 +28,7 @@ pub(super) async fn run(host: &Host, run: Run) -> anyhow::Result<ExitCode> {
     let Some(unanswered) = client::answers(host).await? else {
         return session::hold(host, request, PROTOCOL, streams, show).await;
     };
-    let private = Private::start(unanswered, &run.data).await?;
+    let private = Private::start(unanswered, &run.data.map_or_else(crate::places::data, Ok)?).await?;
     let code = session::hold(private.host(), request, PROTOCOL, streams, show).await;
     private.stop().await;
     code

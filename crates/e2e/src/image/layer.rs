@@ -111,6 +111,15 @@ impl Tree {
         Ok(self)
     }
 
+    /// A file that belongs to somebody.
+    pub fn owned_file(mut self, path: &str, mode: u32, owner: (u64, u64), content: &[u8]) -> Result<Self> {
+        let mut header = header(EntryType::Regular, mode, content.len());
+        header.set_uid(owner.0);
+        header.set_gid(owner.1);
+        self.append(header, path, content)?;
+        Ok(self)
+    }
+
     /// A program with capabilities: those whose numbers are the bits of `capabilities` become permitted and effective (capabilities(7)).
     pub fn capable_file(mut self, path: &str, content: &[u8], capabilities: u64) -> Result<Self> {
         // struct vfs_cap_data: VFS_CAP_REVISION_2 with the flag "effective", then permitted and inheritable, lower halves first.

@@ -30,6 +30,9 @@ const FLAGS: [&str; 14] = [
     "lto=fat",
 ];
 
+/// What says which versions of Go's modules are fetched.
+const GO_MODULE: [&str; 2] = ["go.mod", "go.sum"];
+
 /// The server of `examples/hello`.
 pub fn hello() -> Result<PathBuf> {
     compile("hello", "examples/hello/main.rs", &["examples/hello/http.rs"])
@@ -38,6 +41,33 @@ pub fn hello() -> Result<PathBuf> {
 /// The server whose paths each do one thing that a test asks for.
 pub fn probe() -> Result<PathBuf> {
     compile("probe", "crates/e2e/programs/probe.rs", &["examples/hello/http.rs", "crates/e2e/programs/appetite.rs"])
+}
+
+/// `runtimetest` of OCI runtime-tools: looks from within whether a container is what its config.json says. Fetched and built by Go, once.
+pub fn runtimetest() -> Result<PathBuf> {
+    const PACKAGE: &str = "github.com/opencontainers/runtime-tools/cmd/runtimetest";
+    let module = paths::repository().join("crates/e2e/programs/runtimetest");
+    let mut hasher = DefaultHasher::new();
+    for name in GO_MODULE {
+        fs::read(module.join(name)).with_context(|| format!("cannot read {name}"))?.hash(&mut hasher);
+    }
+    let programs = paths::cache()?.join("programs");
+    fs::create_dir_all(&programs)?;
+    let program = programs.join(format!("runtimetest-{:016x}", hasher.finish()));
+    if program.exists() {
+        return Ok(program);
+    }
+    let temporary = tempfile::tempdir_in(&programs)?;
+    // Go may write to its module's files.
+    for name in GO_MODULE {
+        fs::copy(module.join(name), temporary.path().join(name))?;
+    }
+    let mut command = Command::new("go");
+    command.args(["build", "-o", "program", PACKAGE]).current_dir(temporary.path());
+    command.envs([("GOFLAGS", "-mod=mod -buildvcs=false"), ("GOTOOLCHAIN", "local"), ("CGO_ENABLED", "0")]);
+    process::succeed(&mut command, COMPILE_LIMIT)?;
+    fs::rename(temporary.path().join("program"), &program)?;
+    Ok(program)
 }
 
 /// Debian's static busybox.

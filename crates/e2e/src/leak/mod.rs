@@ -32,7 +32,7 @@ pub const SETTLE_LIMIT: Duration = Duration::from_secs(1);
 /// The parent of the kernel's own threads.
 const KERNEL_THREADS: i32 = 2;
 /// What a stopped server leaves in its data directory, by its documentation.
-const DATA_ENTRIES: [&str; 5] = ["lock", "id", "store", "state", "logs"];
+const DATA_ENTRIES: [&str; 6] = ["lock", "id", "store", "state", "logs", "unpacked"];
 
 /// A thing that should have gone.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -227,6 +227,13 @@ impl Subject<'_> {
             }
             for entry in entries(&data.join("store/tmp"))? {
                 found.add(Kind::File, entry.display().to_string());
+            }
+            for range in entries(&data.join("unpacked"))? {
+                // Whole layers have no ending but `.base`.
+                let unfinished = |entry: &&PathBuf| entry.extension().is_some_and(|ending| ending != "base");
+                for entry in entries(&range)?.iter().filter(unfinished) {
+                    found.add(Kind::File, entry.display().to_string());
+                }
             }
         }
         Ok(())

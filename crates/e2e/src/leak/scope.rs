@@ -3,6 +3,9 @@
 //!
 //! Membership is inherited by every child, whatever it does to its parents, sessions and titles, and whoever ends in between. So the leak check
 //! finds the processes of this test, and does not take those of tests that run beside it for leaks.
+//!
+//! An ordinary user makes no control groups: the descendants of this process are his fence ([`Scope::descendants`]). Whoever loses its parent is given
+//! to this process, so that it is among them.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::parse::{cgroup_members, cgroup_mounts};
+use super::parse::{cgroup_members, cgroup_mounts, processes};
 use crate::wait;
 
 /// Version 1 hierarchies that the product leaves alone, the best one first.
@@ -24,8 +27,14 @@ static COUNT: AtomicU32 = AtomicU32::new(0);
 
 /// The fence. What is still inside at its end is killed, so that a failed test does not disturb the next run.
 #[derive(Debug)]
-pub struct Scope {
-    directory: PathBuf,
+pub struct Scope(Fence);
+
+#[derive(Debug)]
+enum Fence {
+    /// A control group.
+    Group(PathBuf),
+    /// Below this process.
+    Descendants,
 }
 
 impl Scope {
@@ -40,17 +49,34 @@ impl Scope {
         let name = format!("e2e-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let directory = top.join(name);
         fs::create_dir(&directory).with_context(|| format!("cannot create {}: tests run as root", directory.display()))?;
-        Ok(Self { directory })
+        Ok(Self(Fence::Group(directory)))
     }
 
-    /// The file into which a process writes its id to enter.
+    /// The fence of everything that this process starts from now on, directly or not.
+    pub fn descendants() -> Result<Self> {
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid())).context("cannot become the parent of orphans")?;
+        Ok(Self(Fence::Descendants))
+    }
+
+    /// The file into which a process writes its id to enter, if it must.
+    pub fn entrance(&self) -> Option<PathBuf> {
+        match &self.0 {
+            Fence::Group(directory) => Some(directory.join("cgroup.procs")),
+            Fence::Descendants => None,
+        }
+    }
+
+    /// [`Scope::entrance`] of a scope from [`Scope::create`].
     pub fn procs(&self) -> PathBuf {
-        self.directory.join("cgroup.procs")
+        self.entrance().expect("the fence is a control group")
     }
 
     /// The ids of the processes inside; zombies are no members any more.
     pub fn members(&self) -> Result<BTreeSet<i32>> {
-        cgroup_members(&self.directory)
+        match &self.0 {
+            Fence::Group(directory) => cgroup_members(directory),
+            Fence::Descendants => below(std::process::id() as i32),
+        }
     }
 
     /// Kills what is inside.
@@ -70,15 +96,32 @@ impl Scope {
 
 impl Drop for Scope {
     fn drop(&mut self) {
+        // The descendants are not all ours: there are those that other values hold.
+        let Fence::Group(directory) = &self.0 else { return };
         let removed = self.kill().and_then(|()| {
             wait::until_true("a control group can be removed", REMOVE_LIMIT, || {
-                fs::remove_dir(&self.directory).map(|()| true).map_err(Into::into)
+                fs::remove_dir(directory).map(|()| true).map_err(Into::into)
             })
         });
         if let Err(error) = removed {
-            eprintln!("{error:#}: {}", self.directory.display());
+            eprintln!("{error:#}: {}", directory.display());
         }
     }
+}
+
+/// The descendants of a process that live.
+fn below(top: i32) -> Result<BTreeSet<i32>> {
+    let all = processes()?;
+    let mut found = BTreeSet::new();
+    let mut pending = vec![top];
+    while let Some(parent) = pending.pop() {
+        for process in all.iter().filter(|process| process.parent == parent && process.state != 'Z') {
+            if found.insert(process.pid) {
+                pending.push(process.pid);
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// The members of every control group with one of the names, in any hierarchy.

@@ -19,6 +19,12 @@ use super::xattr;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Nid(u64);
 
+impl Nid {
+    pub(super) fn number(self) -> u64 {
+        self.0
+    }
+}
+
 /// An inode.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Inode {
@@ -187,6 +193,17 @@ impl Reader {
             size,
             data: Data { blocks, blocks_bytes, tail, xattrs, xattrs_bytes },
         })
+    }
+
+    /// Where the content of a file lies in the layer's file, in one piece, in bytes.
+    pub(super) fn place(inode: &Inode) -> std::ops::Range<u64> {
+        debug_assert_eq!(inode.kind, InodeKind::File, "only files have their content in one piece");
+        inode.data.blocks..inode.data.blocks + inode.data.blocks_bytes
+    }
+
+    /// Bytes that the extended attributes of an inode take in the layer's file.
+    pub(super) fn xattrs_bytes(inode: &Inode) -> u64 {
+        inode.data.xattrs_bytes
     }
 
     /// Reads content from `offset` on; fewer bytes than asked for only at the end.

@@ -136,6 +136,19 @@ pub(super) fn is_opaque(xattrs: &[Xattr]) -> bool {
     })
 }
 
+/// Whether an attribute can be set on a file of another file system by root of a user namespace. Not so `trusted.*`, which nobody sees there,
+/// and what belongs to security modules of the host. Of overlayfs's own only the two marks above mean what they say.
+pub(super) fn is_for_files(Xattr { name, value }: &Xattr) -> bool {
+    if let Some(suffix) = name.strip_prefix(b"user.") {
+        return match suffix {
+            OPAQUE => value == b"y",
+            ORIGIN => value.is_empty(),
+            _ => !suffix.starts_with(OVERLAY),
+        };
+    }
+    matches!(&name[..], b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default")
+}
+
 /// Whether the attributes of a directory mark it as implied.
 pub(super) fn is_implied(xattrs: &[Xattr]) -> bool {
     xattrs.iter().any(|Xattr { name, .. }| name.strip_prefix(b"trusted.") == Some(IMPLIED))

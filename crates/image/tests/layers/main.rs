@@ -8,4 +8,5 @@ mod mounted;
 mod overlay;
 mod snapshot;
 mod torture;
+mod unpack;
 mod written;

@@ -12,7 +12,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags,
 
 use crate::make::{Layer, need_root, scratch};
 use crate::mounted::Mount;
-use crate::snapshot;
+use crate::{snapshot, unpack};
 
 /// Options with which GNU tar stores all that it can.
 const XATTRS: &[&str] = &["--format=posix", "--sparse", "--xattrs", "--xattrs-include=*"];
@@ -87,6 +87,11 @@ fn a_sparse_file_of_5_gib_stays_sparse() {
     check(0, &[0; 4096]);
     check((3 << 30) - 4, b"\0\0\0\0start of the middle");
     check(size - 4, b"\0end");
+    // Unpacked too, where nothing else keeps a small image from filling the disk.
+    let unpacked = unpack::Unpacked::of(&layer).unwrap();
+    let meta = fs::metadata(unpacked.path().join("large")).unwrap();
+    assert_eq!(meta.len(), size);
+    assert!(std::os::unix::fs::MetadataExt::blocks(&meta) * 512 < 1 << 20, "holes take no room");
 }
 
 /// A tree on the disk.
@@ -134,6 +139,7 @@ impl Torture {
         snapshot::assert_same(&snapshot::of_directory(&unpacked), &written);
         let mount = Mount::erofs(&layer.path());
         snapshot::assert_same(&snapshot::of_directory(&mount.path()), &written);
+        unpack::assert_unpacks(&layer);
     }
 
     fn file(&self, name: impl AsRef<[u8]>, content: &[u8]) -> PathBuf {

@@ -103,7 +103,7 @@ pub struct Scope<'a> {
 /// will; the process is moved a moment later. With `is_bus` a bus lies between, which is greeted first.
 pub fn start_scope(socket: &Path, is_bus: bool, scope: Scope<'_>) -> Result<(), BusError> {
     let mut bus = Bus::connect(socket)?;
-    bus.authenticate(rustix::process::geteuid().as_raw())?;
+    bus.authenticate(crate::userns::outer_uid())?;
     if is_bus {
         let (path, name) = ("/org/freedesktop/DBus", "org.freedesktop.DBus");
         bus.call(&Call { path, interface: name, member: "Hello", destination: name, signature: "", body: &[] })?;

@@ -216,11 +216,11 @@ fn ask(scope: Scope<'_>) -> Result<(), BusError> {
 
 /// Where the manager of this user listens, root's being the system's: its bus, and its own socket.
 pub(crate) fn manager_sockets() -> (PathBuf, PathBuf) {
-    if rustix::process::geteuid().is_root() {
+    let user = crate::userns::outer_uid();
+    if user == 0 {
         return (PathBuf::from("/run/dbus/system_bus_socket"), PathBuf::from("/run/systemd/private"));
     }
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR")
-        .map_or_else(|| PathBuf::from(format!("/run/user/{}", rustix::process::geteuid().as_raw())), PathBuf::from);
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(|| PathBuf::from(format!("/run/user/{user}")), PathBuf::from);
     (runtime.join("bus"), runtime.join("systemd/private"))
 }
 

@@ -159,6 +159,7 @@ fn layers(source: &Result<LayerSource, Missing>) -> Finding {
             "mounted from loop devices",
             "Linux 6.12 or later mounts files, if they lie neither on tmpfs nor on an overlay",
         ),
+        Ok(LayerSource::Directory) => LAYERS.ok("unpacked into directories"),
         Err(missing) => {
             let cure = match modules::find(Path::new("/"), &kernel::release(), "erofs") {
                 Presence::Loadable => format!("{} (this kernel has the module erofs)", missing.reason),
@@ -190,12 +191,12 @@ fn overlay(source: LayerSource, file: &OwnedFd, ids: &OwnedFd) -> Vec<Finding> {
             return vec![idmapped, overlay, inside];
         }
     };
-    let overlay = match (probe::try_root(&root), newer) {
+    let overlay = match (probe::try_root(&root, probe::TRIAL_BASE), newer) {
         (Err(missing), _) => OVERLAY.missing("the root file system of a trial is not right", missing.reason),
         (Ok(()), None) => OVERLAY.ok("made of descriptors, on idmapped layers"),
         (Ok(()), Some(_)) => OVERLAY_BY_PATHS.degraded("made by paths", "Linux 6.15 or later makes it of descriptors"),
     };
-    let inside = match probe::try_inside(&root) {
+    let inside = match probe::try_inside(&root, probe::TRIAL_BASE.into()) {
         Ok(()) => INSIDE.ok("made and attached in all namespaces of an instance"),
         Err(missing) => INSIDE.missing("an instance of a trial cannot make them", missing.reason),
     };

@@ -1,10 +1,11 @@
 //! The data directory, and who the daemon is on the host.
 //!
 //! ```text
-//! DIR/            root, 0755
+//! DIR/            root, 0755; an ordinary user's: 0711
 //!   lock  id      root; the lock is held as long as a keeper lives
 //!   store/        the daemon's; store/layers is root's: only the keeper puts files there
 //!   state/ logs/  the daemon's
+//!   unpacked/     an ordinary user's alone: see `unpacked`
 //! ```
 
 use std::fs;
@@ -13,18 +14,21 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode as FileMode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::OpenTreeFlags;
 use rustix::process::{Gid, Uid};
 
 use super::KeeperError;
+use super::mode::Mode;
 use crate::step::{StepError, at};
 
 /// The daemon's ids where the host has no user `funtainer`: above all that distributions give out, below those of functions.
 const DAEMON_ID: u32 = 0x6FFF_FF00;
 /// Name of the daemon's user, and of the group that may use the admin socket.
 pub(super) const NAME: &str = "funtainer";
+/// The directories in a data directory.
+const DIRECTORIES: [&str; 4] = ["unpacked", "store", "state", "logs"];
 /// Bytes of randomness in the id of a data directory.
 const ID_BYTES: usize = 8;
 
@@ -67,6 +71,8 @@ pub(super) struct DataDirectory {
     pub(super) path: PathBuf,
     /// 16 hex digits.
     pub(super) id: String,
+    /// The directory itself.
+    pub(super) root: OwnedFd,
     /// `store/layers`, by which layers are opened and committed: no path that the daemon could bend is used again.
     pub(super) layers: OwnedFd,
     /// Released by the kernel with this process.
@@ -75,12 +81,14 @@ pub(super) struct DataDirectory {
 
 impl DataDirectory {
     /// Makes what is missing, takes the lock, reads or makes the id.
-    pub(super) fn open(path: &Path, daemon: DaemonUser) -> Result<Self, KeeperError> {
+    pub(super) fn open(path: &Path, mode: &Mode) -> Result<Self, KeeperError> {
+        let daemon = mode.daemon();
         let fail = |source| KeeperError::Data { path: path.to_owned(), source };
-        make_directory(path, 0o755, None).map_err(fail)?;
+        // The daemon must get through; a user's other neighbours need not see what there is.
+        make_directory(path, if mode.is_rootless() { 0o711 } else { 0o755 }, None).map_err(fail)?;
         let path = path.canonicalize().map_err(fail)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let root = rustix::fs::open(&path, flags, Mode::empty()).map_err(|e| fail(e.into()))?;
+        let root = rustix::fs::open(&path, flags, FileMode::empty()).map_err(|e| fail(e.into()))?;
         // Who may write here could put another lock, id or store in place.
         require_roots(&root, &path)?;
         let lock = lock(&path)?;
@@ -88,16 +96,17 @@ impl DataDirectory {
             make_directory(&path.join(name), 0o700, Some(daemon)).map_err(fail)?;
         }
         // The daemon owns `store` and could put a link there.
-        let open = |at: &OwnedFd, name: &str| rustix::fs::openat(at, name, flags, Mode::empty()).map_err(|e| fail(e.into()));
+        let open =
+            |at: &OwnedFd, name: &str| rustix::fs::openat(at, name, flags, FileMode::empty()).map_err(|e| fail(e.into()));
         let store = open(&root, "store")?;
-        match rustix::fs::mkdirat(&store, "layers", Mode::from_raw_mode(0o755)) {
+        match rustix::fs::mkdirat(&store, "layers", FileMode::from_raw_mode(0o755)) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(errno) => return Err(fail(errno.into())),
         }
         let layers = open(&store, "layers")?;
         require_roots(&layers, &path.join("store/layers"))?;
         let id = id(&path).map_err(fail)?;
-        Ok(Self { path, id, layers, _lock: lock })
+        Ok(Self { path, id, root, layers, _lock: lock })
     }
 
     /// A mount of the directory for a new daemon to attach. Layers are committed through the same mount from now on: link(2) does not
@@ -107,7 +116,7 @@ impl DataDirectory {
         let tree = rustix::mount::open_tree(rustix::fs::CWD, &self.path, flags).map_err(at("clone the data directory"))?;
         let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let layers = rustix::fs::openat2(&tree, "store/layers", flags, Mode::empty(), beneath);
+        let layers = rustix::fs::openat2(&tree, "store/layers", flags, FileMode::empty(), beneath);
         let identity = |fd: &OwnedFd| rustix::fs::fstat(fd).map(|found| (found.st_dev, found.st_ino));
         match layers {
             // `store` is the daemon's: a former one may have put another directory there. Then nothing more can be committed.
@@ -115,6 +124,39 @@ impl DataDirectory {
             _ => {}
         }
         Ok(tree)
+    }
+}
+
+/// Removes all that a server keeps in a data directory, and the directory unless there is something else in it. Where nothing is, nothing is done.
+pub(super) fn remove(path: &Path) -> Result<(), KeeperError> {
+    let fail = |source| KeeperError::Data { path: path.to_owned(), source };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let root = match rustix::fs::open(path, flags, FileMode::empty()) {
+        Ok(root) => root,
+        Err(Errno::NOENT) => return Ok(()),
+        Err(errno) => return Err(fail(errno.into())),
+    };
+    require_roots(&root, path)?;
+    if !path.join("id").exists() {
+        return Err(fail(io::Error::new(io::ErrorKind::InvalidInput, "it is no data directory: it has no file 'id'")));
+    }
+    let _lock = lock(path)?;
+    for name in DIRECTORIES {
+        match fs::remove_dir_all(path.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
+            _ => {}
+        }
+    }
+    // The id last: without it nobody would know what the rest belongs to.
+    for name in ["net", "net.new", "id.new", "lock", "id"] {
+        match fs::remove_file(path.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
+            _ => {}
+        }
+    }
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => Err(fail(error)),
+        _ => Ok(()),
     }
 }
 
@@ -130,10 +172,19 @@ fn require_roots(directory: &OwnedFd, path: &Path) -> Result<(), KeeperError> {
 /// Makes a directory with its parents; an existing one is given to `owner` if that is somebody.
 fn make_directory(path: &Path, mode: u32, owner: Option<DaemonUser>) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(mode).create(path)?;
-    if let Some(DaemonUser { uid, gid }) = owner {
-        rustix::fs::chownat(rustix::fs::CWD, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+    let Some(DaemonUser { uid, gid }) = owner else { return Ok(()) };
+    match rustix::fs::chownat(rustix::fs::CWD, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(()) => Ok(()),
+        // An ordinary user's keeper has power over the ids of its namespace alone.
+        Err(Errno::PERM | Errno::INVAL) => {
+            let name = path.file_name().unwrap_or_default().display();
+            let text = format!(
+                "'{name}' in it belongs to ids that this server does not have: to a server of another user, or to former subordinate ids"
+            );
+            Err(io::Error::new(io::ErrorKind::PermissionDenied, text))
+        }
+        Err(errno) => Err(errno.into()),
     }
-    Ok(())
 }
 
 fn lock(directory: &Path) -> Result<fs::File, KeeperError> {

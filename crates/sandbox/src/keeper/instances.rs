@@ -226,7 +226,7 @@ impl Keeper {
         };
         let cgroup = zygote.nest.create(&id.to_string(), group).map_err(|error| cgroup_refusal(&error))?;
         let made = (|| {
-            let writable = self.mounts.writable(limits.writable_bytes(), zygote.base).map_err(refusal)?;
+            let writable = self.mounts.writable(limits.writable_bytes(), zygote.ids.base).map_err(refusal)?;
             let root = self.mounts.overlay(zygote.layers.mapped(), &writable).map_err(refusal)?;
             let mut logs = Vec::with_capacity(2);
             for _ in 0..logs_of(streams) {

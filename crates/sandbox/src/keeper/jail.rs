@@ -13,15 +13,16 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::OpenTreeFlags;
-use rustix::thread::CapabilitySet;
+use rustix::thread::{CapabilitySet, UnshareFlags};
 
 use super::data::DaemonUser;
 use crate::daemon::{ADMIN, CONTROL, FIRST_TCP};
 use crate::executable::Executable;
+use crate::fds;
 use crate::mount::{self, INERT, Tmpfs};
 use crate::signals::{self, SignalSet};
 use crate::step::{StepError, at, errno_of};
-use crate::{fds, userns};
+use crate::userns::{self, IdRange};
 
 /// Room of the daemon's root: names only.
 const ROOT_BYTES: u64 = 1 << 20;
@@ -33,6 +34,8 @@ pub(super) struct Birth<'a> {
     /// A detached mount of the data directory.
     pub(super) data: BorrowedFd<'a>,
     pub(super) user: DaemonUser,
+    /// There is one id only, which is the keeper's too.
+    pub(super) single: bool,
     pub(super) executable: &'a Executable,
     /// The whole command line.
     pub(super) argv: &'a [CString],
@@ -45,11 +48,26 @@ pub(super) struct Birth<'a> {
 
 /// Turns this process into the daemon; returns only on failure.
 pub(super) fn become_daemon(birth: &Birth<'_>) -> StepError {
-    let failed = enter(birth).and_then(|()| place_descriptors(birth)).and_then(|()| drop_privileges(birth));
+    let failed = own_namespace(birth.single)
+        .and_then(|()| enter(birth))
+        .and_then(|()| place_descriptors(birth))
+        .and_then(|()| drop_privileges(birth));
     match failed {
         Ok(()) => birth.executable.execute(birth.argv),
         Err(error) => error,
     }
+}
+
+/// With the keeper's own id, the daemon would be the owner of every user namespace that the keeper makes, and so have all power in them
+/// (user_namespaces(7)). In one beside them it has none.
+fn own_namespace(single: bool) -> Result<(), StepError> {
+    if !single {
+        return Ok(());
+    }
+    // SAFETY: these concern this process, which has one thread, and touch no memory or descriptor.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWUSER | UnshareFlags::NEWNS) }
+        .map_err(at("make the daemon's user namespace"))?;
+    userns::write_maps(rustix::process::getpid().as_raw_pid(), IdRange::SINGLE)
 }
 
 /// Builds the root on the place of `/sys` and moves into it.
@@ -57,7 +75,8 @@ fn enter(birth: &Birth<'_>) -> Result<(), StepError> {
     mount::make_private()?;
     let mut trees = Vec::new();
     for (source, target, recursive) in [
-        (Path::new("/etc"), Path::new("etc"), false),
+        // With what lies on them: a user may not see below a mount of the host's (mount_namespaces(7)).
+        (Path::new("/etc"), Path::new("etc"), true),
         (Path::new("/usr"), Path::new("usr"), true),
         (Path::new("/proc"), Path::new("proc"), true),
     ] {
@@ -65,13 +84,16 @@ fn enter(birth: &Birth<'_>) -> Result<(), StepError> {
     }
     let resolver = resolver_directory();
     if let Some(directory) = &resolver {
-        trees.push((clone_tree(directory, false)?, directory.strip_prefix("/").unwrap_or(directory).to_owned()));
+        trees.push((clone_tree(directory, true)?, directory.strip_prefix("/").unwrap_or(directory).to_owned()));
     }
 
     let tmpfs = Tmpfs { size_bytes: ROOT_BYTES, uid: 0, gid: 0, mode: 0o755, attributes: INERT };
     let root = mount::tmpfs(&tmpfs)?;
     mount::attach(root.as_fd(), open_path(c"/sys")?.as_fd())?;
     mount::attach(birth.data, make_path(root.as_fd(), Path::new("data"))?.as_fd())?;
+    if birth.single {
+        close_to_daemon(root.as_fd())?;
+    }
     for (tree, target) in trees {
         mount::attach(tree.as_fd(), make_path(root.as_fd(), &target)?.as_fd())?;
     }
@@ -85,12 +107,25 @@ fn enter(birth: &Birth<'_>) -> Result<(), StepError> {
     drop((host, dev));
     mount::pivot(root.as_fd())?;
     for path in [c"/etc", c"/usr"] {
-        mount::remount_read_only(path)?;
+        mount::remount_tree_read_only(path)?;
     }
     if let Some(directory) = resolver {
-        mount::remount_read_only(&c_path(&directory)?)?;
+        mount::remount_tree_read_only(&c_path(&directory)?)?;
     }
     Ok(())
+}
+
+/// What the keeper alone may write is the daemon's by its owner: mounts keep it out.
+fn close_to_daemon(root: BorrowedFd<'_>) -> Result<(), StepError> {
+    let data = mount::target(root, c"data")?;
+    let store = mount::target(data.as_fd(), c"store")?;
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_SYMLINK_NOFOLLOW;
+    let layers = rustix::mount::open_tree(&store, c"layers", flags).map_err(at("clone the directory of layers"))?;
+    mount::set_read_only(layers.as_fd())?;
+    mount::attach(layers.as_fd(), mount::target(store.as_fd(), c"layers")?.as_fd())?;
+    let attributes = INERT | rustix::mount::MountAttrFlags::MOUNT_ATTR_RDONLY;
+    let empty = mount::tmpfs(&Tmpfs { size_bytes: ROOT_BYTES, uid: 0, gid: 0, mode: 0o000, attributes })?;
+    mount::attach(empty.as_fd(), mount::target(data.as_fd(), c"unpacked")?.as_fd())
 }
 
 /// The directory that `/etc/resolv.conf` leads to, where that is outside of `/etc` and `/usr` (systemd-resolved: `/run/systemd/resolve`).

@@ -5,9 +5,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::{Rc, Weak};
 
 use funtainer_model::LayerId;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::process::Uid;
+use rustix::process::{Gid, Uid};
 
 use crate::mount::{Mounted, Mounts};
 use crate::protocol::Refusal;
@@ -36,6 +36,11 @@ pub(super) struct Lent {
 }
 
 impl Lent {
+    /// Directories, uppermost first, which have the zygote's ids already.
+    pub(super) fn directories(mapped: Vec<Mounted>) -> Self {
+        Self { mapped, mounted: Vec::new() }
+    }
+
     /// Puts a layer that is the zygote's alone on top of the image's.
     pub(super) fn cover(&mut self, layer: Mounted) {
         self.mapped.insert(0, layer);
@@ -70,27 +75,33 @@ impl Layers {
         if let Some(mounted) = self.mounted.get(&layer).and_then(Weak::upgrade) {
             return Ok(mounted);
         }
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = match rustix::fs::openat(store, layer.file_name(), flags, Mode::empty()) {
-            Ok(file) => file,
-            Err(Errno::NOENT) => return Err(Refusal::NoLayer(layer)),
-            Err(errno) => return Err(refusal(StepError { step: "open a layer", errno })),
-        };
-        let found = rustix::fs::fstat(&file).map_err(|errno| refusal(StepError { step: "look at a layer", errno }))?;
-        // Nobody but root can have put it into the directory; a file that is not as it was committed was touched by hand.
-        if found.st_uid != 0 || found.st_mode & 0o7777 != COMMITTED_MODE {
-            return Err(refusal(StepError { step: "find a layer as it was committed", errno: Errno::PERM }));
-        }
+        let file = open_committed(store, layer)?;
         let mounted = Rc::new(mounts.layer(file.as_fd()).map_err(refusal)?);
         self.mounted.insert(layer, Rc::downgrade(&mounted));
         Ok(mounted)
     }
 }
 
+/// Opens a layer of the store for reading.
+pub(super) fn open_committed(store: BorrowedFd<'_>, layer: LayerId) -> Result<OwnedFd, Refusal> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = match rustix::fs::openat(store, layer.file_name(), flags, Mode::empty()) {
+        Ok(file) => file,
+        Err(Errno::NOENT) => return Err(Refusal::NoLayer(layer)),
+        Err(errno) => return Err(refusal(StepError { step: "open a layer", errno })),
+    };
+    let found = rustix::fs::fstat(&file).map_err(|errno| refusal(StepError { step: "look at a layer", errno }))?;
+    // Nobody but root can have put it into the directory; a file that is not as it was committed was touched by hand.
+    if found.st_uid != 0 || found.st_mode & 0o7777 != COMMITTED_MODE {
+        return Err(refusal(StepError { step: "find a layer as it was committed", errno: Errno::PERM }));
+    }
+    Ok(file)
+}
+
 /// Takes a finished layer into the store. From here on it belongs to root and nobody writes it; a layer of that name stays as it is.
 ///
-/// The daemon may still try to keep a writer: the lease proves that there is none, the change of owner forbids new ones, and the second
-/// look at the lease catches who came between.
+/// The daemon may still try to keep a writer: the change of owner forbids new ones, the lease proves that there is none, and a second look at it
+/// catches who came between. In this order, because only the owner may take a lease, unless he is root of the machine.
 pub(super) fn commit(store: BorrowedFd<'_>, layer: LayerId, file: &OwnedFd, daemon: Uid) -> Result<(), Refusal> {
     let malformed = |text: &str| Refusal::Malformed(text.to_owned());
     let failed = |step| move |errno| refusal(StepError { step, errno });
@@ -121,27 +132,41 @@ pub(super) fn commit(store: BorrowedFd<'_>, layer: LayerId, file: &OwnedFd, daem
             },
         )?;
     check_superblock(file)?;
+    let root = (Some(Uid::ROOT), Some(Gid::ROOT));
+    rustix::fs::fchown(file, root.0, root.1)
+        .and_then(|()| rustix::fs::fchmod(file, Mode::from_raw_mode(COMMITTED_MODE)))
+        .map_err(failed("take over a layer"))?;
+    let committed = prove_unwritten(file).and_then(|()| link(file, store, &name));
+    if committed.is_err() {
+        // What was refused is as it was; if not even that goes, the daemon can still remove it.
+        let _ = rustix::fs::fchmod(file, Mode::from_raw_mode(found.st_mode & 0o7777))
+            .and_then(|()| rustix::fs::fchown(file, Some(Uid::from_raw(found.st_uid)), Some(Gid::from_raw(found.st_gid))));
+    }
+    committed
+}
+
+/// Proves that nobody writes a file that belongs to root now.
+fn prove_unwritten(file: &OwnedFd) -> Result<(), Refusal> {
+    let malformed = |text: &str| Refusal::Malformed(text.to_owned());
     lease(file, libc::F_RDLCK).map_err(|errno| match errno {
         Errno::AGAIN => malformed("the layer still has a writer"),
         errno => refusal(StepError { step: "prove that a layer has no writer", errno }),
     })?;
-    let root = (Some(rustix::process::Uid::ROOT), Some(rustix::process::Gid::ROOT));
-    let committed = rustix::fs::fchown(file, root.0, root.1)
-        .and_then(|()| rustix::fs::fchmod(file, Mode::from_raw_mode(COMMITTED_MODE)))
-        .map_err(failed("take over a layer"))
-        .and_then(|()| {
-            // A writer that was let in before the change waits for the lease, which is then no longer whole; the new lease is refused
-            // to one that was faster.
-            let whole = current_lease(file).is_ok_and(|kind| kind == libc::F_RDLCK) && lease(file, libc::F_RDLCK).is_ok();
-            if whole { Ok(()) } else { Err(malformed("the layer got a writer")) }
-        })
-        .and_then(|()| match rustix::fs::linkat(file, c"", store, &*name, AtFlags::EMPTY_PATH) {
-            Ok(()) | Err(Errno::EXIST) => Ok(()),
-            Err(errno) => Err(refusal(StepError { step: "link a layer into the store", errno })),
-        });
+    // A writer that was let in before the change waits for the lease, which is then no longer whole; the new lease is refused to one that
+    // was faster.
+    let whole = current_lease(file).is_ok_and(|kind| kind == libc::F_RDLCK) && lease(file, libc::F_RDLCK).is_ok();
     // Fails only if there is none any more.
     let _ = lease(file, libc::F_UNLCK);
-    committed
+    if whole { Ok(()) } else { Err(malformed("the layer got a writer")) }
+}
+
+/// By the path of the descriptor: by the descriptor itself (AT_EMPTY_PATH) only root of the machine may, before Linux 6.10.
+fn link(file: &OwnedFd, store: BorrowedFd<'_>, name: &str) -> Result<(), Refusal> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    match rustix::fs::linkat(CWD, path, store, name, AtFlags::SYMLINK_FOLLOW) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Err(errno) => Err(refusal(StepError { step: "link a layer into the store", errno })),
+    }
 }
 
 /// Refuses what our writer never writes: the kernel's reader of compressed or chunked images need not be reachable for a daemon.

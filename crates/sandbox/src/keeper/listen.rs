@@ -13,6 +13,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 
 use super::KeeperError;
 use super::data::admin_group;
+use super::mode::Mode;
 
 /// Connections that may wait while a daemon is replaced; the kernel cuts it to net.core.somaxconn.
 const BACKLOG: i32 = 4096;
@@ -73,8 +74,9 @@ impl Drop for Admin {
     }
 }
 
-/// Binds the admin socket with mode 0660, of group `funtainer` if there is one. A stale one is replaced, a live one refused.
-pub(super) fn admin(path: &Path) -> Result<Admin, KeeperError> {
+/// Binds the admin socket: with mode 0660, of group `funtainer` if there is one; an ordinary user's is nobody else's. A stale one is replaced, a
+/// live one refused.
+pub(super) fn admin(path: &Path, mode: &Mode) -> Result<Admin, KeeperError> {
     let fail = |source: io::Error| KeeperError::Admin { path: path.to_owned(), source };
     if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         fs::create_dir_all(parent).map_err(fail)?;
@@ -94,10 +96,12 @@ pub(super) fn admin(path: &Path) -> Result<Admin, KeeperError> {
     rustix::process::umask(umask);
     let listener = bound.map_err(fail)?;
     let admin = Admin { socket: listener.into(), path: path.to_owned() };
-    if let Some(group) = admin_group() {
-        std::os::unix::fs::chown(path, None, Some(group.as_raw())).map_err(fail)?;
+    if !mode.is_rootless() {
+        if let Some(group) = admin_group() {
+            std::os::unix::fs::chown(path, None, Some(group.as_raw())).map_err(fail)?;
+        }
+        fs::set_permissions(path, fs::Permissions::from_mode(0o660)).map_err(fail)?;
     }
-    fs::set_permissions(path, fs::Permissions::from_mode(0o660)).map_err(fail)?;
     rustix::io::ioctl_fionbio(&admin.socket, true).map_err(|errno| fail(errno.into()))?;
     Ok(admin)
 }

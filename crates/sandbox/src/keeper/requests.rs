@@ -57,11 +57,14 @@ impl Keeper {
             Request::AcknowledgeExit { instance } => self.acknowledge(from, instance),
             Request::CommitLayer { layer } => {
                 let committed = match descriptors.take(0) {
-                    Some(file) => commit(self.data.layers.as_fd(), layer, &file, self.user.uid),
+                    Some(file) => commit(self.data.layers.as_fd(), layer, &file, self.mode.daemon().uid),
                     None => Err(Refusal::Malformed("the layer's file is missing".to_owned())),
                 };
                 match committed {
-                    Ok(()) => self.reply(from, &Reply::Done, &[]),
+                    Ok(()) => {
+                        self.unpack_ahead(layer);
+                        self.reply(from, &Reply::Done, &[]);
+                    }
                     Err(refused) => self.refuse(from, refused),
                 }
             }

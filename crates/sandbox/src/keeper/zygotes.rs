@@ -18,14 +18,17 @@ use rustix::net::RecvFlags;
 use super::instances::{Leftover, cgroup_refusal};
 use super::layers::{Lent, refusal};
 use super::link::{Fault, Link};
+use super::mode::Slots;
 use super::networks::Pool;
+use super::unpacked::{Parked, Presence};
 use super::{Keeper, Requester, TOKEN_ZYGOTES, TURN_MESSAGES, platform};
 use crate::cgroup::Nest;
+use crate::fds;
 use crate::orders::{DATAGRAM_BYTES, Order, Report};
 use crate::protocol::{Refusal, Reply, RevisionSpec, Streams};
 use crate::step::StepError;
+use crate::userns::{self, IdRange};
 use crate::zygote::{self, Forked, Plan};
-use crate::{fds, userns};
 
 /// A zygote without instances ends after this.
 const IDLE_MAX: Duration = Duration::from_mins(10);
@@ -33,13 +36,6 @@ const IDLE_MAX: Duration = Duration::from_mins(10);
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 /// Most zygotes: each is a process of the host and holds its layers open.
 const ZYGOTES_MAX: usize = 1024;
-/// First host id of the functions' ranges.
-const RANGES_BASE: u32 = 0x7000_0000;
-/// Most functions that run at once.
-const SLOTS_MAX: u32 = 0x8000;
-
-const _: () =
-    assert!(RANGES_BASE as u64 + SLOTS_MAX as u64 * userns::IDS as u64 <= 0xFFFF_0000, "ids end below the reserved ones");
 
 /// How far a zygote is.
 enum State {
@@ -53,8 +49,8 @@ enum State {
 pub(super) struct Zygote {
     revision: RevisionId,
     function: String,
-    /// First host id of its range.
-    pub(super) base: u32,
+    /// Its host ids.
+    pub(super) ids: IdRange,
     pub(super) streams: Streams,
     pub(super) limits: Limits,
     pub(super) layers: Lent,
@@ -87,41 +83,7 @@ pub(super) struct Zygotes {
     /// Those that can be used.
     by_revision: HashMap<RevisionId, u64>,
     next_key: u64,
-    slots: Slots,
-}
-
-/// Host id ranges: one per function that has a zygote.
-#[derive(Default)]
-struct Slots {
-    /// Slot and number of zygotes.
-    by_function: HashMap<String, (u32, usize)>,
-    taken: Vec<bool>,
-}
-
-impl Slots {
-    fn acquire(&mut self, function: &str) -> Option<u32> {
-        if let Some((slot, users)) = self.by_function.get_mut(function) {
-            *users += 1;
-            return Some(*slot);
-        }
-        let free = self.taken.iter().position(|taken| !taken).unwrap_or(self.taken.len());
-        let slot = u32::try_from(free).ok().filter(|slot| *slot < SLOTS_MAX)?;
-        if free == self.taken.len() {
-            self.taken.push(false);
-        }
-        self.taken[free] = true;
-        self.by_function.insert(function.to_owned(), (slot, 1));
-        Some(slot)
-    }
-
-    fn release(&mut self, function: &str) {
-        let Some((slot, users)) = self.by_function.get_mut(function) else { return };
-        *users -= 1;
-        if *users == 0 {
-            self.taken[*slot as usize] = false;
-            self.by_function.remove(function);
-        }
-    }
+    pub(super) slots: Slots,
 }
 
 impl Zygotes {
@@ -250,14 +212,28 @@ impl Keeper {
             self.reply(requester, &Reply::Refused(Refusal::Exhausted("zygotes".to_owned())), &[]);
             return;
         }
-        let Some(slot) = self.zygotes.slots.acquire(&function) else {
+        let (mode, unpacked) = (&self.mode, &self.unpacked);
+        let suits = |slot| unpacked.as_ref().is_none_or(|unpacked| unpacked.has_all(mode, slot, &spec.layers));
+        let Some(slot) = self.zygotes.slots.acquire(&function, mode, suits) else {
             self.reply(requester, &Reply::Refused(Refusal::Exhausted("host id ranges".to_owned())), &[]);
             return;
         };
-        let base = RANGES_BASE + slot * userns::IDS;
+        match self.unpack_all(slot, &spec.layers) {
+            Ok(Presence::There) => {}
+            // Comes back here when they are.
+            Ok(Presence::Coming) => {
+                let spec = Box::new(spec.clone());
+                return self.park(Parked { requester, revision, function, title: title.to_owned(), spec, slot });
+            }
+            Err(refused) => {
+                self.zygotes.slots.release(&function);
+                return self.reply(requester, &Reply::Refused(refused), &[]);
+            }
+        }
+        let ids = self.mode.range(slot);
         let key = self.zygotes.next_key;
         let pool = self.networks.pool(&self.epoll, &spec.isolation);
-        match self.fork_zygote(key, base, title, spec, pool.as_ref()) {
+        match self.fork_zygote(key, slot, title, spec, pool.as_ref()) {
             Ok((Forked { pid, pidfd }, link, layers, nest)) => {
                 let views = nest.views();
                 self.zygotes.next_key += 1;
@@ -265,7 +241,7 @@ impl Keeper {
                 let zygote = Zygote {
                     revision,
                     function,
-                    base,
+                    ids,
                     streams: spec.streams,
                     limits: spec.limits,
                     layers,
@@ -310,16 +286,18 @@ impl Keeper {
     fn fork_zygote(
         &mut self,
         key: u64,
-        base: u32,
+        slot: u32,
         name: &str,
         spec: &RevisionSpec,
         pool: Option<&Pool>,
     ) -> Result<(Forked, Link, Lent, Nest), Refusal> {
         let failed = |step| move |errno| refusal(StepError { step, errno });
+        let ids = self.mode.range(slot);
         let (ours, theirs) = fds::pair().map_err(failed("make a zygote's socket"))?;
-        let nest = self.cgroups.nest(&format!("zygote-{key}"), base).map_err(|error| cgroup_refusal(&error))?;
+        let nest = self.cgroups.nest(&format!("zygote-{key}"), ids.base).map_err(|error| cgroup_refusal(&error))?;
+        let processes = self.cgroups.missing().contains(&"process limit").then_some(spec.limits.pids);
         let (group, views) = (nest.cradle(), nest.view_names());
-        let plan = Plan { spec, title: self.title, name, socket: theirs.as_fd(), owner: base, group, views };
+        let plan = Plan { spec, ids, title: self.title, name, socket: theirs.as_fd(), processes, group, views };
         // SAFETY: the keeper has one thread, as was checked at its start.
         let forked = match unsafe { zygote::fork(&plan) } {
             Ok(forked) => forked,
@@ -328,7 +306,7 @@ impl Keeper {
                 return Err(failed("clone a zygote")(errno));
             }
         };
-        let equipped = self.equip_zygote(&forked, base, spec, pool, ours, key);
+        let equipped = self.equip_zygote(&forked, slot, spec, pool, ours, key);
         match equipped {
             Ok((link, layers)) => Ok((forked, link, layers, nest)),
             Err(error) => {
@@ -348,18 +326,22 @@ impl Keeper {
     fn equip_zygote(
         &mut self,
         forked: &Forked,
-        base: u32,
+        slot: u32,
         spec: &RevisionSpec,
         pool: Option<&Pool>,
         socket: OwnedFd,
         key: u64,
     ) -> Result<(Link, Lent), Refusal> {
-        userns::write_maps(forked.pid, base).map_err(refusal)?;
+        userns::write_maps(forked.pid, self.mode.range(slot)).map_err(refusal)?;
         let path = format!("/proc/{}/ns/user", forked.pid);
         let ids = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| refusal(StepError { step: "open a user namespace", errno }))?;
-        let mut layers = self.layers.lend(&self.mounts, self.data.layers.as_fd(), &spec.layers, ids.as_fd())?;
-        layers.cover(self.mounts.platform(layers.mapped(), base, &platform::files(spec, pool)).map_err(refusal)?);
+        let mut layers = match &self.unpacked {
+            None => self.layers.lend(&self.mounts, self.data.layers.as_fd(), &spec.layers, ids.as_fd())?,
+            Some(unpacked) => unpacked.lend(&self.mounts, slot, &spec.layers)?,
+        };
+        let owner = self.mode.range(slot).base;
+        layers.cover(self.mounts.platform(layers.mapped(), owner, &platform::files(spec, pool)).map_err(refusal)?);
         let failed = |errno| refusal(StepError { step: "watch a zygote", errno });
         let token = TOKEN_ZYGOTES + 2 * key;
         epoll::add(&self.epoll, &forked.pidfd, EventData::new_u64(token + 1), EventFlags::IN).map_err(failed)?;

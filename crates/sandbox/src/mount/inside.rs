@@ -173,6 +173,21 @@ pub fn remount_read_only(path: &CStr) -> Result<(), StepError> {
     set_attributes(CWD, path, libc::AT_SYMLINK_NOFOLLOW, &attributes).map_err(at("set a mount read-only"))
 }
 
+/// Sets the mount at `path` read-only, and all that lie on it.
+///
+/// One system call: may be called between clone and exec.
+pub fn remount_tree_read_only(path: &CStr) -> Result<(), StepError> {
+    let attributes = Attributes { set: u64::from(MountAttrFlags::MOUNT_ATTR_RDONLY.bits()), ..Attributes::default() };
+    set_attributes(CWD, path, libc::AT_SYMLINK_NOFOLLOW | libc::AT_RECURSIVE, &attributes)
+        .map_err(at("set a tree of mounts read-only"))
+}
+
+/// Sets a mount read-only, by a descriptor of its root.
+pub fn set_read_only(mount: BorrowedFd<'_>) -> Result<(), StepError> {
+    let attributes = Attributes { set: u64::from(MountAttrFlags::MOUNT_ATTR_RDONLY.bits()), ..Attributes::default() };
+    set_attributes(mount, c"", libc::AT_EMPTY_PATH, &attributes).map_err(at("set a mount read-only"))
+}
+
 /// Hides [`MASKED`] and write-protects [`READ_ONLY`]. After [`pivot`], and with our own mounts at `/proc`, `/sys` and `/dev`: then no
 /// path here goes through the image.
 ///

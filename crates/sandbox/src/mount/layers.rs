@@ -6,7 +6,9 @@ use std::rc::Rc;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{MountAttrFlags, MountFlags, OpenTreeFlags, fsconfig_set_fd, fsconfig_set_string, mount, open_tree};
+use rustix::mount::{
+    MountAttrFlags, MountFlags, OpenTreeFlags, fsconfig_set_fd, fsconfig_set_flag, fsconfig_set_string, mount, open_tree,
+};
 use rustix::process::{Gid, Uid};
 
 use super::platform::{self, EtcFile};
@@ -75,8 +77,17 @@ impl Mounts {
             LayerSource::File => erofs(file)?,
             // The mount is the device's user from here on.
             LayerSource::Loop => erofs(loops::bind(file)?.as_fd())?,
+            LayerSource::Directory => {
+                return Err(StepError { step: "mount a layer that is to be unpacked", errno: Errno::OPNOTSUPP });
+            }
         };
         self.settle(mount)
+    }
+
+    /// A layer that was unpacked into a directory, for [`LayerSource::Directory`].
+    pub fn directory(&self, directory: BorrowedFd<'_>) -> Result<Mounted, StepError> {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+        self.settle(open_tree(directory, c"", flags).map_err(at("clone the mount of a layer's directory"))?)
     }
 
     /// A clone of a layer in which ids are those of the user namespace: id N of the image is id N inside, `base + N` on the host. `EPERM`
@@ -132,8 +143,8 @@ impl Mounts {
     /// descriptors may be closed, and the mounts dropped. `EINVAL` without a layer.
     pub fn overlay(&self, layers: &[Mounted], writable: &Writable) -> Result<OwnedFd, StepError> {
         match &self.workshop {
-            None => overlay_of_descriptors(layers, writable),
-            Some(workshop) => overlay_of_paths(workshop, layers, writable),
+            None => overlay_of_descriptors(layers, writable, self.marks()),
+            Some(workshop) => overlay_of_paths(workshop, layers, writable, self.marks()),
         }
     }
 
@@ -141,8 +152,15 @@ impl Mounts {
     /// one holds the device. Those that nobody uses are freed by this. To be asked before the first layer is mounted.
     pub fn left_from_before(&self, store: BorrowedFd<'_>) -> Result<Vec<usize>, StepError> {
         match self.features.layers {
-            LayerSource::File => Ok(Vec::new()),
+            LayerSource::File | LayerSource::Directory => Ok(Vec::new()),
             LayerSource::Loop => loops::left(store),
+        }
+    }
+
+    const fn marks(&self) -> Marks {
+        match self.features.layers {
+            LayerSource::File | LayerSource::Loop => Marks::Trusted,
+            LayerSource::Directory => Marks::User,
         }
     }
 
@@ -204,11 +222,23 @@ fn read_metadata(file: BorrowedFd<'_>) -> Result<(), Errno> {
     Ok(())
 }
 
+/// The name space of attributes in which overlayfs notes what a layer hides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Marks {
+    /// `trusted.overlay.*`, for root of the machine.
+    Trusted,
+    /// `user.overlay.*`, for root of another user namespace. tmpfs has them since Linux 6.6.
+    User,
+}
+
 // Both with `nodev`: an image can carry the node of the host's disk, and container root could open it (user_namespaces(7) hides nodes of
 // file systems mounted inside, which this one is not).
 
-fn overlay_of_descriptors(layers: &[Mounted], writable: &Writable) -> Result<OwnedFd, StepError> {
+fn overlay_of_descriptors(layers: &[Mounted], writable: &Writable, marks: Marks) -> Result<OwnedFd, StepError> {
     let context = open(c"overlay", "fsopen overlay")?;
+    if marks == Marks::User {
+        fsconfig_set_flag(&context, c"userxattr").map_err(at("set the attributes of an overlay"))?;
+    }
     for layer in layers {
         fsconfig_set_fd(&context, c"lowerdir+", layer).map_err(at("add a layer to an overlay"))?;
     }
@@ -219,7 +249,7 @@ fn overlay_of_descriptors(layers: &[Mounted], writable: &Writable) -> Result<Own
 
 /// By mount(2), whose options have a page: `fsconfig` takes 255 bytes of one, which is 60 layers. The result is a clone; the mount itself lies on the writable
 /// part and goes with it.
-fn overlay_of_paths(workshop: &Workshop, layers: &[Mounted], writable: &Writable) -> Result<OwnedFd, StepError> {
+fn overlay_of_paths(workshop: &Workshop, layers: &[Mounted], writable: &Writable, marks: Marks) -> Result<OwnedFd, StepError> {
     let unattached = StepError { step: "find the place of a mount", errno: Errno::INVAL };
     let mut lower = Vec::with_capacity(layers.len());
     for layer in layers {
@@ -227,7 +257,8 @@ fn overlay_of_paths(workshop: &Workshop, layers: &[Mounted], writable: &Writable
     }
     let base = writable.mount.place.as_ref().ok_or(unattached)?.name().to_string_lossy();
     // Numbers and slashes: nothing in it has a meaning of its own to the kernel.
-    let options = format!("lowerdir={},upperdir={base}/upper,workdir={base}/work", lower.join(":"));
+    let marks = if marks == Marks::User { ",userxattr" } else { "" };
+    let options = format!("lowerdir={},upperdir={base}/upper,workdir={base}/work{marks}", lower.join(":"));
     if options.len() >= OPTIONS_BYTES_MAX {
         return Err(StepError { step: "name the layers of an overlay in one page", errno: Errno::NAMETOOLONG });
     }

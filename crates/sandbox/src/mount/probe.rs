@@ -3,14 +3,15 @@
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
 
 use super::{Mounts, attach, devpts, make_private, mqueue, procfs, sysfs, target};
 use crate::clone::{Cloned, clone3};
 use crate::step::{StepError, at};
-use crate::{fds, netns, userns};
+use crate::userns::{self, IdRange};
+use crate::{fds, netns};
 
 /// A kernel feature that is not there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,13 +31,15 @@ const NAMESPACES: i32 =
 const GO: &[u8] = b"go";
 /// Longest report of the trial's child: an errno and a step.
 const REPORT_BYTES_MAX: usize = 128;
+/// An attribute of the kind in which overlayfs keeps its marks for users.
+const TRIAL_ATTRIBUTE: &str = "user.overlay.trial";
 /// Room of the trial's writable layer.
 const TRIAL_BYTES: u64 = 1 << 20;
 
 /// How this kernel mounts layers and stacks them. Older ways do the same with more steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Features {
-    /// What an erofs is mounted from.
+    /// What a layer is.
     pub layers: LayerSource,
     /// What an overlay is made of.
     pub overlay: OverlayForm,
@@ -49,13 +52,15 @@ impl Features {
     pub const OLDEST: Self = Self { layers: LayerSource::Loop, overlay: OverlayForm::Paths };
 }
 
-/// What an erofs is mounted from.
+/// What a layer is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayerSource {
     /// The image's file: Linux 6.12, and not on tmpfs or an overlay.
     File,
     /// A loop device over the file.
     Loop,
+    /// A directory into which it was unpacked, with the ids that its user namespace has: for who may not mount it.
+    Directory,
 }
 
 /// What an overlay is made of.
@@ -92,10 +97,49 @@ impl Mounts {
             }
             (tried, _) => tried.map_err(|error| missing_overlay(&error, None))?,
         };
-        try_root(&root)?;
-        try_inside(&root)?;
+        try_root(&root, TRIAL_BASE)?;
+        try_inside(&root, TRIAL_BASE.into())?;
         Ok(mounts)
     }
+
+    /// As [`Mounts::probe`], for root of a user namespace that is not the first: layers are directories, as `store` is one. `ids` is a range of
+    /// functions.
+    pub fn probe_unpacked(store: BorrowedFd<'_>, ids: IdRange, newest: Features) -> Result<Self, Missing> {
+        userns::make(ids).map_err(|error| missing_userns(&error))?;
+        try_attributes(store).map_err(|errno| Missing {
+            feature: "a data directory with extended attributes",
+            reason: format!(
+                "the file system of the data directory takes no attributes of users ({errno}), in which overlayfs notes what layers \
+                 hide: choose another one with --data"
+            ),
+        })?;
+        let features = Features { layers: LayerSource::Directory, ..newest };
+        let (mounts, root) = match (try_directories(features, store, ids), newest.overlay) {
+            (Err(newer), OverlayForm::Descriptors) => {
+                let features = Features { overlay: OverlayForm::Paths, ..features };
+                try_directories(features, store, ids).map_err(|error| missing_overlay(&error, Some(&newer)))?
+            }
+            (tried, _) => tried.map_err(|error| missing_overlay(&error, None))?,
+        };
+        try_root(&root, ids.base)?;
+        try_inside(&root, ids)?;
+        Ok(mounts)
+    }
+}
+
+/// A whole root file system over a directory, in one way.
+fn try_directories(features: Features, store: BorrowedFd<'_>, ids: IdRange) -> Result<(Mounts, OwnedFd), StepError> {
+    let mounts = Mounts::open(features)?;
+    let writable = mounts.writable(TRIAL_BYTES, ids.base)?;
+    try_attributes(writable.upper()).map_err(at("set an attribute of a user on tmpfs"))?;
+    let root = mounts.overlay(&[mounts.directory(store)?], &writable)?;
+    Ok((mounts, root))
+}
+
+/// Whether overlayfs could keep its marks on a directory.
+fn try_attributes(directory: BorrowedFd<'_>) -> Result<(), Errno> {
+    rustix::fs::fsetxattr(directory, TRIAL_ATTRIBUTE, b"y", XattrFlags::empty())?;
+    rustix::fs::fremovexattr(directory, TRIAL_ATTRIBUTE)
 }
 
 /// From what this kernel mounts a layer.
@@ -129,26 +173,26 @@ pub(crate) fn try_overlay(
 }
 
 /// The overlay shows the layer, and root inside may write.
-pub(crate) fn try_root(root: &OwnedFd) -> Result<(), Missing> {
+pub(crate) fn try_root(root: &OwnedFd, owner: u32) -> Result<(), Missing> {
     let wrong = |reason: String| Missing { feature: "a writable root file system", reason };
     let stat = rustix::fs::fstat(root).map_err(|errno| wrong(format!("the trial's root cannot be read: {errno}")))?;
-    if stat.st_uid != TRIAL_BASE {
-        return Err(wrong(format!("the trial's root belongs to {} instead of {TRIAL_BASE}", stat.st_uid)));
+    if stat.st_uid != owner {
+        return Err(wrong(format!("the trial's root belongs to {} instead of {owner}", stat.st_uid)));
     }
     rustix::fs::mkdirat(root, c"trial", Mode::from_raw_mode(0o755))
         .map_err(|errno| wrong(format!("the trial's root cannot be written: {errno}")))
 }
 
 /// A child in all namespaces of an instance makes and attaches what an init would.
-pub(crate) fn try_inside(root: &OwnedFd) -> Result<(), Missing> {
+pub(crate) fn try_inside(root: &OwnedFd, ids: IdRange) -> Result<(), Missing> {
     let failed = |reason: String| Missing { feature: "a trial of all namespaces", reason };
     let (ours, theirs) = fds::pair().map_err(|errno| failed(errno.to_string()))?;
     // SAFETY: the child makes system calls by functions that neither allocate nor lock, and ends in `_exit`.
     let cloned =
         unsafe { clone3(NAMESPACES) }.map_err(|errno| missing_userns(&StepError { step: "clone a trial process", errno }))?;
-    let Cloned::Parent { pid, pidfd } = cloned else { report_inside(theirs.as_fd(), root.as_fd()) };
+    let Cloned::Parent { pid, pidfd } = cloned else { report_inside(theirs.as_fd(), root.as_fd(), ids) };
     drop(theirs);
-    let told = userns::write_maps(pid, TRIAL_BASE).map_err(|error| missing_userns(&error)).and_then(|()| {
+    let told = userns::write_maps(pid, ids).map_err(|error| missing_userns(&error)).and_then(|()| {
         // The child's death, if it is dead, is told by the next message that does not come.
         let _ = fds::send(ours.as_fd(), GO, &[], SendFlags::empty());
         let mut report = [0_u8; REPORT_BYTES_MAX];
@@ -170,10 +214,10 @@ pub(crate) fn try_inside(root: &OwnedFd) -> Result<(), Missing> {
 }
 
 /// The whole life of the trial's child: waits for its ids, tries, tells an errno (0 if all works) and the step.
-fn report_inside(socket: BorrowedFd<'_>, root: BorrowedFd<'_>) -> ! {
+fn report_inside(socket: BorrowedFd<'_>, root: BorrowedFd<'_>, ids: IdRange) -> ! {
     let mut word = [0_u8; 8];
     let go = fds::receive(socket, &mut word, RecvFlags::empty());
-    let outcome = if matches!(go, Ok(Some(_))) { make_all(root) } else { Ok(()) };
+    let outcome = if matches!(go, Ok(Some(_))) { make_all(root, ids) } else { Ok(()) };
     let mut report = [0_u8; REPORT_BYTES_MAX];
     let mut length = 4;
     if let Err(StepError { step, errno }) = outcome {
@@ -188,12 +232,12 @@ fn report_inside(socket: BorrowedFd<'_>, root: BorrowedFd<'_>) -> ! {
 }
 
 /// Neither allocates nor locks.
-fn make_all(root: BorrowedFd<'_>) -> Result<(), StepError> {
+fn make_all(root: BorrowedFd<'_>, ids: IdRange) -> Result<(), StepError> {
     userns::become_root()?;
     make_private()?;
     netns::prepare()?;
     let proc = procfs()?;
-    for made in [sysfs(), devpts(), mqueue()] {
+    for made in [sysfs(), devpts(ids), mqueue()] {
         drop(made?);
     }
     // Over /proc of this mount namespace, which is nobody else's: the one directory that is there on every machine.
@@ -243,6 +287,9 @@ fn missing_erofs(error: &StepError) -> Missing {
 pub(crate) fn missing_overlay(error: &StepError, newer: Option<&StepError>) -> Missing {
     let newer = newer.map(|newer| format!("; by descriptors: {newer}")).unwrap_or_default();
     let (feature, cure) = match (error.step, error.errno) {
+        ("set an attribute of a user on tmpfs", _) => {
+            ("tmpfs with extended attributes", "Linux 6.6 or later is needed for a user that is not root")
+        }
         ("map the ids of a layer", _) => ("idmapped layers", "Linux 5.19 or later is needed"),
         ("mount an overlay", Errno::NODEV) => {
             ("an overlay", "the kernel has none: build or load CONFIG_OVERLAY_FS (`modprobe overlay`)")

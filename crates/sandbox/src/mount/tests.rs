@@ -119,7 +119,7 @@ fn enter(root: BorrowedFd<'_>) -> Result<(), StepError> {
     attach(sysfs()?.as_fd(), target(root, c"sys")?.as_fd())?;
     move_tree(c"/mnt/dev", target(root, c"dev")?.as_fd())?;
     let dev = target(root, c"dev")?;
-    attach(devpts()?.as_fd(), target(dev.as_fd(), c"pts")?.as_fd())?;
+    attach(devpts(TEST_BASE.into())?.as_fd(), target(dev.as_fd(), c"pts")?.as_fd())?;
     attach(mqueue()?.as_fd(), target(dev.as_fd(), c"mqueue")?.as_fd())?;
     let shm = tmpfs(&Tmpfs { size_bytes: 64 << 20, uid: 0, gid: 0, mode: 0o1777, attributes: INERT })?;
     attach(shm.as_fd(), target(dev.as_fd(), c"shm")?.as_fd())?;
@@ -463,7 +463,7 @@ fn an_instance_does_not_take_all_terminals() {
         make_private()?;
         let host = rustix::fs::open(c"/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(at("open /"))?;
         let place = target(host.as_fd(), c"mnt")?;
-        attach(devpts()?.as_fd(), place.as_fd())?;
+        attach(devpts(TEST_BASE.into())?.as_fd(), place.as_fd())?;
         let mut held = [const { None }; 256];
         for terminal in &mut held {
             *terminal = Some(open(c"/mnt/ptmx", OFlags::RDWR | OFlags::NOCTTY).map_err(at("open a terminal"))?);

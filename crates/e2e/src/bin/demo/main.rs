@@ -2,9 +2,12 @@
 //!
 //! Every process and directory belongs to a value that some step holds, so that they go in each case: at the end, after a failure, and after an
 //! interrupt, which takes effect between two commands.
+//!
+//! As root it shows the server of root and that of an ordinary user, whom it makes for that; as an ordinary user his own, or with `--sudo` that of root.
 #![forbid(unsafe_code)]
 
 mod steps;
+mod who;
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,7 +25,7 @@ const INTERRUPTED_EXIT: u8 = 130;
 fn main() -> ExitCode {
     let done = watch_signals().and_then(|()| {
         let start = Instant::now();
-        steps::run()?;
+        steps::run(std::env::args().any(|argument| argument == "--sudo"))?;
         println!("\nAll of this took {}. To go on: README.md, and `funtainer --help`.", seconds(start.elapsed()));
         Ok(())
     });

@@ -1,7 +1,6 @@
 //! The steps of the demo.
 
 use std::io::Write;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -10,8 +9,9 @@ use funtainer_e2e::image::{Image, Layer, catalog};
 use funtainer_e2e::leak::{Scope, Snapshot, Subject};
 use funtainer_e2e::registry::Registry;
 use funtainer_e2e::server::{COMMAND_LIMIT, Places, Server};
-use funtainer_e2e::{paths, process, wait};
+use funtainer_e2e::{process, wait};
 
+use crate::who::Who;
 use crate::{go_on, millis, seconds};
 
 /// How long the function stays without calls: short, so that nobody waits for it.
@@ -19,28 +19,37 @@ const IDLE: &str = "1s";
 /// How long the end of an idle instance is waited for.
 const IDLE_LIMIT: Duration = Duration::from_secs(20);
 
-/// All steps, from an image to a clean machine.
-pub(crate) fn run() -> Result<()> {
-    let home = paths::scratch("demo")?;
-    let scope = Scope::create()?;
-    let before = Snapshot::take()?;
-    let places =
-        Places { data: home.path().join("data"), admin: home.path().join("admin.sock"), log: home.path().join("serve.log") };
-
+/// All steps, from an image to a clean machine, for each way in which this process can run a server.
+pub(crate) fn run(sudo: bool) -> Result<()> {
     let registry = registry()?;
     let hello = image(&registry, "hello", &catalog::hello()?)?;
     let upper = image(&registry, "upper", &catalog::upper()?)?;
-    let server = serve(&places, &scope)?;
-    let outcome = deploy(&server, &hello)
-        .and_then(|()| call(&server))
-        .and_then(|()| idle(&server))
-        .and_then(|()| commands(&server, &upper));
+    for who in Who::all(sudo)? {
+        show(&who, &hello, &upper)?;
+    }
+    Ok(())
+}
+
+fn show(who: &Who, hello: &str, upper: &str) -> Result<()> {
+    let (_home, places) = who.places()?;
+    let scope = who.scope()?;
+    let before = Snapshot::take()?;
+    let server = serve(who, &places, &scope)?;
+    let shown = Shown { who, server };
+    let outcome =
+        shown.deploy(hello).and_then(|()| shown.call()).and_then(|()| shown.idle()).and_then(|()| shown.commands(upper));
     if let Err(error) = outcome {
         // Not on the way of an interrupt: nothing is wrong with the server then.
         go_on()?;
         return Err(error.context(format!("the server's log ends with\n{}", funtainer_e2e::server::tail(&places.log))));
     }
-    stop(server, &places, &scope, &before)
+    stop(shown, &places, &scope, &before)
+}
+
+/// A server at work.
+struct Shown<'a> {
+    who: &'a Who,
+    server: Server,
 }
 
 fn registry() -> Result<Registry> {
@@ -69,76 +78,98 @@ fn image(registry: &Registry, name: &str, image: &Image) -> Result<String> {
     Ok(reference)
 }
 
-fn serve(places: &Places, scope: &Scope) -> Result<Server> {
+fn serve(who: &Who, places: &Places, scope: &Scope) -> Result<Server> {
     go_on()?;
-    title("The server: one binary, nothing else to install");
-    shell(&format!("funtainer serve --listen 127.0.0.1:0 --admin {} --data {}", places.admin.display(), places.data.display()));
+    title(who.title());
+    let (admin, data) = (places.admin.display(), places.data.display());
+    shell(&format!("{}funtainer serve --listen 127.0.0.1:0 --admin {admin} --data {data}", who.prompt()));
     let start = Instant::now();
-    let server = Server::start(places, "127.0.0.1:0", Some(scope))?;
+    let server = who.serve(places, scope)?;
+    for line in std::fs::read_to_string(&places.log)?.lines().filter_map(|line| line.strip_prefix("keeper: ")) {
+        say(line);
+    }
     say(&format!("listening on http://{} (after {})", server.address(), millis(start.elapsed())));
     shell(&format!("export FUNTAINER_HOST=unix://{}", places.admin.display()));
     Ok(server)
 }
 
-fn deploy(server: &Server, image: &str) -> Result<()> {
-    title("A function is the name of an image");
-    typed(&mut server.command(["deploy", "hello", "--image", image, "--idle-timeout", IDLE]), b"")?;
-    typed(&mut server.command(["list"]), b"")
-}
+impl Shown<'_> {
+    fn deploy(&self, image: &str) -> Result<()> {
+        title("A function is the name of an image");
+        self.typed(&["deploy", "hello", "--image", image, "--idle-timeout", IDLE], b"")?;
+        self.typed(&["list"], b"")
+    }
 
-fn call(server: &Server) -> Result<()> {
-    title("Called warm, and called cold");
-    let mut connection = server.connect()?;
-    let url = format!("http://{}/function/hello", server.address());
-    request(&mut connection, &url, b"")?;
-    let warm = request(&mut connection, &url, b"")?;
-    ensure!(!warm.is_cold, "the second call in a row was cold");
-    typed(&mut server.command(["scale", "hello", "0"]), b"")?;
-    let cold = request(&mut connection, &url, b"you")?;
-    ensure!(cold.is_cold, "the first call after `scale hello 0` was not cold");
-    say(&format!(
-        "warm {}, cold {}: a fresh container, and the answer of the server in it",
-        millis(warm.took),
-        millis(cold.took)
-    ));
-    Ok(())
-}
+    fn call(&self) -> Result<()> {
+        title("Called warm, and called cold");
+        let mut connection = self.server.connect()?;
+        let url = format!("http://{}/function/hello", self.server.address());
+        request(&mut connection, &url, b"")?;
+        let warm = request(&mut connection, &url, b"")?;
+        ensure!(!warm.is_cold, "the second call in a row was cold");
+        self.typed(&["scale", "hello", "0"], b"")?;
+        let cold = request(&mut connection, &url, b"you")?;
+        ensure!(cold.is_cold, "the first call after `scale hello 0` was not cold");
+        say(&format!(
+            "warm {}, cold {}: a fresh container, and the answer of the server in it",
+            millis(warm.took),
+            millis(cold.took)
+        ));
+        Ok(())
+    }
 
-fn idle(server: &Server) -> Result<()> {
-    title(&format!("Nobody calls: after {IDLE} nothing runs, and the next call wakes it"));
-    let start = Instant::now();
-    wait::until_true("the idle instance is ended", IDLE_LIMIT, || {
+    fn idle(&self) -> Result<()> {
+        title(&format!("Nobody calls: after {IDLE} nothing runs, and the next call wakes it"));
+        let start = Instant::now();
+        wait::until_true("the idle instance is ended", IDLE_LIMIT, || {
+            go_on()?;
+            Ok(self.server.instances("hello")? == 0)
+        })?;
+        say(&format!("no instance any more, {} after the last call", seconds(start.elapsed())));
+        self.typed(&["list"], b"")?;
+        let mut connection = self.server.connect()?;
+        let woken = request(&mut connection, &format!("http://{}/function/hello", self.server.address()), b"again")?;
+        ensure!(woken.is_cold, "the function was not scaled to zero");
+        Ok(())
+    }
+
+    fn commands(&self, image: &str) -> Result<()> {
+        title("A command line is a function too: standard input is the call, standard output the answer");
+        self.typed(&["run", image], b"from the image straight to the shell\n")?;
+        self.typed(&["deploy", "upper", "--image", image, "--contract", "stdio"], b"")?;
+        let mut connection = self.server.connect()?;
+        request(
+            &mut connection,
+            &format!("http://{}/function/upper", self.server.address()),
+            b"over http, in a fresh container for each call\n",
+        )?;
+        Ok(())
+    }
+
+    /// Runs a command as a user would type it, and shows what it says.
+    fn typed(&self, args: &[&str], input: &[u8]) -> Result<()> {
         go_on()?;
-        Ok(server.instances("hello")? == 0)
-    })?;
-    say(&format!("no instance any more, {} after the last call", seconds(start.elapsed())));
-    typed(&mut server.command(["list"]), b"")?;
-    let mut connection = server.connect()?;
-    let woken = request(&mut connection, &format!("http://{}/function/hello", server.address()), b"again")?;
-    ensure!(woken.is_cold, "the function was not scaled to zero");
-    Ok(())
+        let mut command = self.who.command(&self.server, args.iter().copied());
+        let line = self.who.typed(&command);
+        let text = String::from_utf8_lossy(input);
+        shell(&if input.is_empty() { line.clone() } else { format!("echo {} | {line}", text.trim_end()) });
+        let finished = process::run(&mut command, input, COMMAND_LIMIT)?;
+        for said in finished.out().lines() {
+            say(said);
+        }
+        ensure!(finished.status.success(), "{line}\n{}", finished.err());
+        say(&format!("({})", millis(finished.took)));
+        Ok(())
+    }
 }
 
-fn commands(server: &Server, image: &str) -> Result<()> {
-    title("A command line is a function too: standard input is the call, standard output the answer");
-    typed(&mut server.command(["run", image]), b"from the image straight to the shell\n")?;
-    typed(&mut server.command(["deploy", "upper", "--image", image, "--contract", "stdio"]), b"")?;
-    let mut connection = server.connect()?;
-    request(
-        &mut connection,
-        &format!("http://{}/function/upper", server.address()),
-        b"over http, in a fresh container for each call\n",
-    )?;
-    Ok(())
-}
-
-fn stop(server: Server, places: &Places, scope: &Scope, before: &Snapshot) -> Result<()> {
+fn stop(shown: Shown<'_>, places: &Places, scope: &Scope, before: &Snapshot) -> Result<()> {
     go_on()?;
     title("Stopped, and nothing is left");
-    shell(&format!("kill {}", server.pid()));
+    let Shown { who, server } = shown;
+    shell(&format!("{}kill {}", who.prompt(), who.pid(&server)?));
     let (start, port) = (Instant::now(), server.address().port());
-    let status = server.stop()?;
-    ensure!(status.success(), "funtainer serve ended with {status}");
+    who.stop(server)?;
     say(&format!("ended after {}", millis(start.elapsed())));
     let subject = Subject {
         scope: Some(scope),
@@ -153,7 +184,8 @@ fn stop(server: Server, places: &Places, scope: &Scope, before: &Snapshot) -> Re
         bail!("{} thing(s) were left behind, the first: {leak}", leaks.len());
     }
     say("no process, mount, network namespace, control group, socket or temporary file remains");
-    Ok(())
+    shell(&format!("{}funtainer reset --yes --data {}", who.prompt(), places.data.display()));
+    who.reset(places)
 }
 
 /// An answered call.
@@ -195,22 +227,6 @@ fn phases(response: &Response) -> Vec<String> {
         Some(format!("{name} {duration} ms"))
     };
     header.split(',').filter_map(phase).collect()
-}
-
-/// Runs a command as a user would type it, and shows what it says.
-fn typed(command: &mut Command, input: &[u8]) -> Result<()> {
-    go_on()?;
-    let line = process::describe(command);
-    let line = line.split_once(' ').map_or(String::new(), |(_, arguments)| format!("funtainer {arguments}"));
-    let text = String::from_utf8_lossy(input);
-    shell(&if input.is_empty() { line.clone() } else { format!("echo {} | {line}", text.trim_end()) });
-    let finished = process::run(command, input, COMMAND_LIMIT)?;
-    for said in finished.out().lines() {
-        say(said);
-    }
-    ensure!(finished.status.success(), "{line}\n{}", finished.err());
-    say(&format!("({})", millis(finished.took)));
-    Ok(())
 }
 
 fn title(text: &str) {
