@@ -113,6 +113,10 @@ impl ExecError {
             Self::Plan(error) => exec::failure(error),
             Self::Image(failure) => failure.clone(),
             Self::Keeper(LinkError::Gone) => Failure::new(ErrorCode::ShuttingDown, "the keeper is gone"),
+            _ if self.is_for_want_of_processes() => {
+                failed(format!("instance {instance} has as many processes and threads as it may"))
+                    .with_hint("end some of them, or deploy with a larger --pids")
+            }
             Self::Keeper(LinkError::Refused(Refusal::NoInstance)) | Self::Step { step: InitStep::Enter, .. } => {
                 Failure::new(ErrorCode::NotRunning, format!("instance {instance} is starting or has ended"))
             }
@@ -136,6 +140,17 @@ impl ExecError {
             Self::Step { step, source } => failed(format!("the command could not be set up ({step:?}): {source}")),
             Self::Io(what, source) => failed(format!("{what} failed: {source}")),
             Self::Protocol | Self::Timeout => failed(self.to_string()),
+        }
+    }
+}
+
+impl ExecError {
+    /// What fork(2) says of a control group that is full.
+    fn is_for_want_of_processes(&self) -> bool {
+        match self {
+            Self::Keeper(LinkError::Refused(Refusal::System { errno, .. })) => *errno == Errno::AGAIN.raw_os_error(),
+            Self::Step { step: InitStep::Enter, source } => Errno::from_io_error(source) == Some(Errno::AGAIN),
+            _ => false,
         }
     }
 }
