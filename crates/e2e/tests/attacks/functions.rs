@@ -78,15 +78,15 @@ fn names_of_another_function_and_of_the_host() -> Result<()> {
 /// Addresses at which the host, the platform or a cloud's metadata server listen.
 #[test]
 fn ports_of_the_host() -> Result<()> {
-    let _abstract = UnixListener::bind_addr(&SocketAddr::from_abstract_name(format!("host-{}", std::process::id()))?)?;
-    let listener = TcpListener::bind("0.0.0.0:0")?;
-    let port = listener.local_addr()?.port();
-    let own = addresses()?;
-    let mut attacks = vec![attack(format!("abstract=host-{}", std::process::id()))];
-    attacks.extend(own.iter().map(|address| attack(format!("connect={address}:{port}"))));
-    let beyond = ["169.254.169.254:80", "[fd00:ec2::254]:80", "192.0.0.8:80"];
-    let beyond = beyond.map(|address| attack(format!("connect={address}")));
     with_attacker(|_, server| {
+        let _abstract = UnixListener::bind_addr(&SocketAddr::from_abstract_name(format!("host-{}", std::process::id()))?)?;
+        let listener = TcpListener::bind("0.0.0.0:0")?;
+        let port = listener.local_addr()?.port();
+        let own = addresses()?;
+        let mut attacks = vec![attack(format!("abstract=host-{}", std::process::id()))];
+        attacks.extend(own.iter().map(|address| attack(format!("connect={address}:{port}"))));
+        let beyond = ["169.254.169.254:80", "[fd00:ec2::254]:80", "192.0.0.8:80"];
+        let beyond = beyond.map(|address| attack(format!("connect={address}")));
         hold(server, &attacks)?;
         hold(server, &beyond)?;
         let places = [
