@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -73,6 +74,18 @@ pub fn shell(script: &str) -> Result<String> {
     process::succeed(Command::new("sh").args(["-ec", script]), LIMIT)
 }
 
+/// Where the first test of this process came from: the machine's own network.
+static HOME: OnceLock<Namespace> = OnceLock::new();
+
+/// Runs something in the machine's own network, which leads out where the machine's does: for what must be fetched.
+pub fn at_home<T: Send>(body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    match HOME.get() {
+        Some(home) => home.run(body),
+        // No test has left it.
+        None => body(),
+    }
+}
+
 /// A network namespace for the calling thread, until this is dropped.
 #[derive(Debug)]
 pub struct Own {
@@ -83,6 +96,10 @@ impl Own {
     /// Makes one and enters it.
     pub fn enter() -> Result<Self> {
         let home = Namespace::current()?;
+        if HOME.get().is_none() {
+            // Who comes second has left the same one.
+            let _ = HOME.set(Namespace::current()?);
+        }
         Namespace::make()?.enter()?;
         Ok(Self { home })
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use super::{Compression, Config, Image, Layer, Tree, program};
-use crate::{paths, process};
+use crate::{network, paths, process};
 
 /// How long Debian's packages may take to come.
 const DEBIAN_LIMIT: Duration = Duration::from_mins(5);
@@ -138,7 +138,7 @@ pub fn python_root() -> Result<Layer> {
     let tar = temporary.path().join("root.tar");
     let mut command = Command::new("mmdebstrap");
     command.args(["--quiet", "--variant=extract", &format!("--include={PYTHON_PACKAGES}"), "bookworm"]).arg(&tar);
-    process::succeed(&mut command, DEBIAN_LIMIT)?;
+    network::at_home(|| process::succeed(&mut command, DEBIAN_LIMIT))?;
     let layer = Layer::from_tar(&fs::read(&tar)?, Compression::Gzip)?;
     super::write_whole(&record, &serde_json::to_vec(&layer)?)?;
     Ok(layer)

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::{Compression, Layer, write_whole};
-use crate::{paths, wait};
+use crate::{network, paths, wait};
 
 const SUITE: &str = "bookworm";
 /// Sets by name: the packages that an image of that name is known for.
@@ -70,7 +70,8 @@ fn layers() -> Result<BTreeMap<String, Layer>> {
     command.args(["bash", "-c", SCRIPT, "debian.sh"]);
     command.args([directory.path(), &sources]).arg(SUITE);
     command.args(SETS.map(|(name, packages)| format!("{name}={packages}")));
-    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().context("cannot start unshare")?;
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    let mut child = network::at_home(|| command.spawn().context("cannot start unshare"))?;
     let Some(status) = wait::exited(&mut child, LIMIT)? else {
         // All that it started ends with it.
         child.kill()?;
