@@ -131,7 +131,7 @@ fn the_container_is_what_the_specification_calls_one() -> Result<()> {
 
 /// Reads the Test Anything Protocol: `ok 7 - DESCRIPTION`, `not ok 8 - DESCRIPTION`, `ok 9 # SKIP REASON`, and a plan at the end.
 fn check(said: &str) -> Result<()> {
-    let failed: Vec<_> = said.lines().filter(|line| line.starts_with("not ok") && !line.contains("# TODO")).collect();
+    let failed: Vec<_> = said.lines().filter(|line| line.starts_with("not ok")).collect();
     ensure!(failed.is_empty(), "{failed:#?}");
     let passed = said.lines().filter(|line| line.starts_with("ok ") && !line.contains("# SKIP")).count();
     ensure!(passed > 60, "only {passed} checks were made");
