@@ -133,7 +133,7 @@ fn e2e(payload: &mut Payload, funtainer: &Path, selection: &Selection<'_>) -> Re
     payload.set("FUNTAINER_BIN", "/usr/local/bin/funtainer")?;
     // There is no compiler in the guest: the programs of images are made here, where the tests look first.
     let image = build::program("image")?;
-    for name in ["hello", "probe"] {
+    for name in ["hello", "probe", "runtimetest"] {
         succeed(build::outside(Command::new(&image)).arg(name).arg(payload.target().join("images").join(name)))?;
     }
     payload.bring(&payload.target().join("e2e/programs"))?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
-use funtainer_e2e::image::{catalog, debian, popular};
+use funtainer_e2e::image::{catalog, debian, popular, program};
 use funtainer_e2e::{paths, process};
 
 /// Write an example as an OCI image layout directory.
@@ -51,6 +51,9 @@ enum Example {
     /// The server of the tests, which is no example.
     #[value(hide = true)]
     Probe,
+    /// The program of OCI runtime-tools alone, where tests look for it; no image is written.
+    #[value(hide = true)]
+    Runtimetest,
 }
 
 fn main() -> ExitCode {
@@ -73,6 +76,7 @@ fn write() -> Result<()> {
         Example::Privileged => ("privileged", popular::privileged()?),
         Example::Layers => return debian::prepare(),
         Example::Probe => ("probe", catalog::probe(&[], &[])?),
+        Example::Runtimetest => return program::runtimetest().map(drop),
     };
     let directory = directory.unwrap_or_else(|| paths::repository().join("target/images").join(name));
     if directory.exists() {
