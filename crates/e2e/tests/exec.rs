@@ -375,6 +375,8 @@ fn a_storm_of_commands_leaves_nothing() -> Result<()> {
         .with_context(|| format!("before {before:?}, after {:?}", traces()))?;
         // More than an instance takes are refused, and those that run go on.
         let sleeping: Vec<_> = (0..16).map(|_| server.begin(["exec", "f", "--", "sleep", "76571"])).collect::<Result<_>>()?;
+        // A look at it by a command would take the place of one of them while they begin.
+        wait::until_true("all of them sleep", LIMIT, || Ok(processes_with("sleep\x0076571\x00")? == 16))?;
         wait::until_true("it is full", LIMIT, || Ok(server.cli(["exec", "f", "--", "true"])?.err().contains("queue-full")))?;
         for running in sleeping {
             running.signal(Signal::INT)?;
@@ -506,4 +508,12 @@ fn run_does_without_a_server() -> Result<()> {
         ensure!(said.code()? == 125 && said.err().contains("with sudo"), "{said:?}");
         Ok(())
     })
+}
+
+/// How many processes of the machine have this command line.
+fn processes_with(command_line: &str) -> Result<usize> {
+    let processes = fs::read_dir("/proc")?.filter_map(Result::ok);
+    Ok(processes
+        .filter(|entry| fs::read(entry.path().join("cmdline")).is_ok_and(|line| line == command_line.as_bytes()))
+        .count())
 }
