@@ -81,14 +81,14 @@ impl Server {
     }
 
     /// Starts the server of an ordinary user at the places that it chooses by itself.
-    pub fn start_as(user: &User, listen: &str, scope: Option<&Scope>) -> Result<Self> {
+    pub fn start_as(user: &User, listen: &str, scope: Option<&Scope>, flags: &[&str]) -> Result<Self> {
         let places = Places {
             data: user.home().join(".local/share/funtainer"),
             admin: user.runtime().join("funtainer.sock"),
             log: user.home().join("serve.log"),
         };
         let mut command = user.command(user.program());
-        command.args(["serve", "--listen", listen]);
+        command.args(["serve", "--listen", listen]).args(flags);
         Self::spawn(&command, &places, scope)
     }
 

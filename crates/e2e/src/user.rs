@@ -3,15 +3,17 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tempfile::TempDir;
 
-use crate::paths;
+use crate::{paths, process};
 
 /// Name of every such user.
 const NAME: &str = "funtainer-test";
@@ -28,6 +30,7 @@ const FILES: [&str; 4] = ["passwd", "group", "subuid", "subgid"];
 /// What root does before it becomes the user: `$1` is the directory of the files, `$2` the id; the rest is the command.
 const ENTER: &str = r#"etc=$1 id=$2; shift 2
 for file in passwd group subuid subgid; do mount --bind "$etc/$file" "/etc/$file" || exit 125; done
+while read -r from to; do mount --bind "$from" "$to" || exit 125; done < "$etc/binds"
 exec setpriv --reuid "$id" --regid "$id" --clear-groups --inh-caps=-all "$@""#;
 
 static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -76,6 +79,31 @@ impl User {
             fs::copy(&built, &program).with_context(|| format!("cannot copy {}", built.display()))?;
         }
         Ok(user)
+    }
+
+    /// Lets him open the device by which packets are carried, as most systems do.
+    pub fn with_tun(self) -> Result<Self> {
+        let node = self.etc.path().join("tun");
+        let mut command = Command::new("mknod");
+        process::succeed(command.args(["-m", "666"]).arg(&node).args(["c", "10", "200"]), Duration::from_secs(10))?;
+        self.bind(&node, Path::new("/dev/net/tun"))?;
+        Ok(self)
+    }
+
+    /// Hides a program from him; one that is not there is hidden already.
+    pub fn without(self, program: &str) -> Result<Self> {
+        for place in ["/usr/bin", "/bin", "/usr/sbin"].map(|directory| Path::new(directory).join(program)) {
+            if place.exists() {
+                self.bind(Path::new("/dev/null"), &place)?;
+            }
+        }
+        Ok(self)
+    }
+
+    fn bind(&self, from: &Path, to: &Path) -> Result<()> {
+        let mut binds = fs::OpenOptions::new().append(true).open(self.etc.path().join("binds"))?;
+        writeln!(binds, "{} {}", from.display(), to.display())?;
+        Ok(())
     }
 
     /// His id, which is his group's too.
@@ -129,6 +157,7 @@ impl User {
     fn write_files(&self) -> Result<()> {
         let etc = self.etc.path();
         fs::set_permissions(etc, fs::Permissions::from_mode(0o755))?;
+        fs::write(etc.join("binds"), "")?;
         let subordinate = self.subordinate.map(|(start, count)| format!("{NAME}:{start}:{count}\n")).unwrap_or_default();
         for file in FILES {
             let host = Path::new("/etc").join(file);

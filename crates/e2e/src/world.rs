@@ -109,7 +109,12 @@ impl World {
 
     /// Starts the server of an ordinary user on a free port.
     pub fn serve_as(&self, user: &User) -> Result<Server> {
-        Ok(self.watched(Server::start_as(user, "127.0.0.1:0", Some(&self.scope))?))
+        self.serve_as_with(user, &[])
+    }
+
+    /// The same with more flags.
+    pub fn serve_as_with(&self, user: &User, flags: &[&str]) -> Result<Server> {
+        Ok(self.watched(Server::start_as(user, "127.0.0.1:0", Some(&self.scope), flags)?))
     }
 
     fn start(&self, places: &Places, listen: &str, extra: &Extra) -> Result<Server> {

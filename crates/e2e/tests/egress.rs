@@ -11,6 +11,7 @@ use funtainer_e2e::image::catalog;
 use funtainer_e2e::leak::parse;
 use funtainer_e2e::network::{Namespace, shell};
 use funtainer_e2e::server::{Extra, Server, tail};
+use funtainer_e2e::user::{Subordinate, User};
 use funtainer_e2e::wait;
 use funtainer_e2e::world::{World, scenario_in};
 use rustix::process::{Pid, Signal, kill_process};
@@ -630,6 +631,114 @@ fn a_server_can_leave_the_network_alone() -> Result<()> {
         one.misses("tcp", OUTSIDE, 80)?;
         ensure!(shell("nft list ruleset; ip -o link; ip route")? == before);
         ensure!(net_pid(&server).is_err());
+        Ok(())
+    })
+}
+
+/// An ordinary user's server, whose functions reach the outside by one of the two programs for that.
+fn by(hidden: &str, test: impl FnOnce(&World, &Machine, &Server) -> Result<()>) -> Result<()> {
+    let user = User::create(Subordinate::Usual)?.with_tun()?.without(hidden)?;
+    on_a_machine(|world, machine| {
+        let server = world.serve_as_with(&user, &["--dns", &OUTSIDE.to_string()])?;
+        test(world, machine, &server)
+    })
+}
+
+/// What holds for root's server holds for an ordinary user's, in the network that he can make.
+fn the_same_without_root(hidden: &str) -> Result<()> {
+    // Not an address of the interface by which packets leave.
+    let other_own = Ipv4Addr::new(198, 51, 100, 7);
+    by(hidden, |_, _, server| {
+        let one = Dialer::deploy(server, "one", &["--min", "1"])?;
+        let two = Dialer::deploy(server, "two", &["--min", "1"])?;
+        for protocol in ["tcp", "udp"] {
+            one.reaches(protocol, OUTSIDE, 80)?;
+            one.reaches(protocol, OUTSIDE, 53)?;
+        }
+        one.reaches("tcp", DATABASE, 5432)?;
+        for address in METADATA {
+            ensure!(dial(address, 80)? == IpAddr::from(HOST), "the control");
+            one.misses("tcp", address, 80)?;
+            one.misses("udp", address, 53)?;
+        }
+        ensure!(dial(HOST, HOST_PORT)? == dial_udp(HOST, HOST_PORT)?, "the control");
+        let gateway = Ipv4Addr::new(192, 0, 0, 2);
+        for address in [HOST, gateway, Ipv4Addr::new(169, 254, 1, 1)] {
+            one.misses("tcp", address, HOST_PORT)?;
+            one.misses("udp", address, HOST_PORT)?;
+        }
+        one.misses("tcp", HOST, server.address().port())?;
+        one.misses("tcp", gateway, server.address().port())?;
+        // An address that the machine gets while the server runs.
+        shell(&format!("ip address add {other_own}/32 dev lo"))?;
+        ensure!(dial(other_own, HOST_PORT).is_ok(), "the control");
+        wait::until_true("the machine's new address is closed", LIMIT, || Ok(one.dial("tcp", other_own, HOST_PORT)?.is_err()))?;
+        shell(&format!("ip address del {other_own}/32 dev lo"))?;
+
+        let (inside, address) = two.inside()?;
+        ensure!(inside.run(|| Ok(TcpStream::connect((address, 8080))?)).is_ok(), "the control: it listens on all addresses");
+        one.misses("tcp", address, 8080)?;
+
+        let [metadata, ..] = METADATA;
+        let flags =
+            ["--network", "off", "--egress", &format!("{metadata}:80/tcp"), "--egress", &format!("{HOST}:{HOST_PORT}/tcp")];
+        let opened = Dialer::deploy(server, "opened", &flags)?;
+        opened.reaches("tcp", metadata, 80)?;
+        opened.misses("tcp", metadata, 443)?;
+        opened.reaches("tcp", HOST, HOST_PORT)?;
+        opened.misses("tcp", HOST, server.address().port())?;
+        opened.misses("tcp", OUTSIDE, 80)
+    })
+}
+
+#[test]
+fn an_ordinary_users_functions_go_out_by_pasta() -> Result<()> {
+    the_same_without_root("slirp4netns")
+}
+
+#[test]
+fn an_ordinary_users_functions_go_out_by_slirp4netns() -> Result<()> {
+    the_same_without_root("pasta")
+}
+
+#[test]
+fn the_way_out_of_an_ordinary_users_server_comes_back_and_ends_with_it() -> Result<()> {
+    by("slirp4netns", |world, _, server| {
+        let one = Dialer::deploy(server, "one", &["--min", "1"])?;
+        one.reaches("tcp", OUTSIDE, 80)?;
+        let titled = |title: &str| -> Result<Vec<i32>> {
+            let members = world.scope().members()?;
+            let all = members.iter().filter_map(|pid| parse::process(*pid).transpose()).collect::<Result<Vec<_>>>()?;
+            Ok(all.iter().filter(|process| process.title.starts_with(title)).map(|process| process.pid).collect())
+        };
+        for title in ["/usr/bin/pasta", "funtainer uplink", "funtainer net"] {
+            let [pid] = titled(title)?[..] else { anyhow::bail!("{title}: {:?}", titled(title)?) };
+            kill_process(Pid::from_raw(pid).context("a process id is positive")?, Signal::KILL)?;
+            wait::until_true("there is another one", LIMIT, || Ok(titled(title)?.iter().any(|other| *other != pid)))?;
+            wait::until_true("the outside is reached again", LIMIT, || Ok(one.dial("tcp", OUTSIDE, 80)?.is_ok()))?;
+            one.misses("tcp", HOST, HOST_PORT)?;
+        }
+        kill_process(Pid::from_raw(server.pid()).context("a process id is positive")?, Signal::KILL)?;
+        wait::until_true("with the keeper everything of it ends", LIMIT, || Ok(world.scope().members()?.is_empty()))?;
+        // Stale sockets are replaced by the next server.
+        Ok(std::fs::remove_file(&server.places().admin)?)
+    })
+}
+
+#[test]
+fn an_ordinary_user_without_a_way_out_is_told_what_is_missing() -> Result<()> {
+    let users = [
+        (User::create(Subordinate::Usual)?.with_tun()?.without("pasta")?.without("slirp4netns")?, "apt install passt"),
+        (User::create(Subordinate::None)?, "/dev/net/tun"),
+    ];
+    on_a_machine(|world, _| {
+        for (user, words) in &users {
+            let server = world.serve_as(user)?;
+            let log = tail(&server.places().log);
+            ensure!(log.contains("no network besides their own loopback") && log.contains(words), "{log}");
+            let one = Dialer::deploy(&server, "one", &[])?;
+            one.misses("tcp", OUTSIDE, 80)?;
+        }
         Ok(())
     })
 }

@@ -25,6 +25,7 @@ mod platform;
 mod requests;
 mod resident;
 mod unpacked;
+mod uplink;
 mod zygotes;
 
 use std::ffi::{CString, OsString};
@@ -62,6 +63,7 @@ use mode::Mode;
 pub use networks::NetworkSettings;
 use networks::{Networks, Pool};
 use unpacked::Unpacked;
+use uplink::Uplink;
 use zygotes::Zygotes;
 
 /// What the daemon may take to drain, as it is told; the rest up to [`STOP_MAX`] is for its own end.
@@ -86,6 +88,7 @@ const TOKEN_DAEMON: u64 = 1;
 const TOKEN_DAEMON_END: u64 = 2;
 const TOKEN_NET: u64 = 3;
 const TOKEN_NET_END: u64 = 4;
+const TOKEN_UPLINK_END: u64 = 5;
 /// Zygote K has this plus 2 K for its socket, plus 1 for its end.
 const TOKEN_ZYGOTES: u64 = 16;
 /// Unpacker K has this plus K: far above what zygotes come to.
@@ -256,6 +259,8 @@ struct Keeper {
     zygotes: Zygotes,
     instances: Instances,
     networks: Networks,
+    /// In a keeper that may not change the host's network.
+    uplink: Option<Uplink>,
     execs: Execs,
     /// Mounts whose release costs a grace period of the kernel: released when nothing waits.
     spent: Vec<mount::Writable>,
@@ -366,6 +371,7 @@ impl Keeper {
             zygotes: Zygotes::default(),
             instances: Instances::default(),
             networks,
+            uplink: None,
             execs: Execs::default(),
             spent: Vec::new(),
             buffer: vec![0; MESSAGE_BYTES_MAX],
@@ -383,6 +389,7 @@ impl Keeper {
         loop {
             self.spent.clear();
             self.tick_networks(Instant::now())?;
+            self.tick_uplink(Instant::now());
             if let Some(ended) = self.tick(Instant::now()) {
                 return Ok(ended);
             }
@@ -406,6 +413,7 @@ impl Keeper {
                     unpacker if unpacker >= TOKEN_UNPACKERS => self.on_unpacker(unpacker - TOKEN_UNPACKERS),
                     TOKEN_NET => self.on_net(flags),
                     TOKEN_NET_END => self.net_ended(),
+                    TOKEN_UPLINK_END => self.uplink_ended(),
                     zygote => self.on_zygote(zygote - TOKEN_ZYGOTES, flags),
                 }
             }
@@ -446,6 +454,7 @@ impl Keeper {
             daemon.and_then(|daemon| daemon.link.deadline()),
             self.zygotes.deadline(),
             self.instances.deadline(),
+            self.uplink.as_ref().and_then(Uplink::deadline),
             self.networks.deadline(),
             self.zygotes.pools().filter_map(Pool::deadline).min(),
         ]
@@ -663,6 +672,7 @@ impl Keeper {
             unpacked.close();
         }
         self.close_net();
+        self.end_uplink();
         if let Err(error) = self.cgroups.close() {
             (self.settings.log)(&format!("a control group remains: {error}"));
         }

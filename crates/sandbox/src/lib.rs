@@ -28,5 +28,6 @@ mod terminal;
 mod testing;
 pub mod title;
 pub mod unpacker;
+mod uplink;
 pub mod userns;
 mod zygote;

@@ -36,14 +36,14 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
-use rustix::thread::CapabilitySet;
+use rustix::thread::{CapabilitySet, LinkNameSpaceType};
 
 use crate::clone::{Cloned, clone3};
 use crate::fds::{self, Fds};
 use crate::signals::{self, SignalSet};
 use crate::step::{StepError, at, errno_of};
 use crate::title::Title;
-use crate::userns;
+use crate::{uplink, userns};
 
 pub(crate) use firewall::Policy;
 use firewall::{Failed, Firewall, Pinned, group};
@@ -58,13 +58,19 @@ pub use resolver::can_be_asked;
 /// The numbers at which the socket and the data directory stand.
 const SOCKET: i32 = 3;
 const DIRECTORY: i32 = 4;
+/// The hub, where there is one, until it is entered.
+const HUB: i32 = 5;
 /// What it may do: change the network, and nothing else that root may.
 const KEPT: CapabilitySet = CapabilitySet::NET_ADMIN;
+/// Group of rtnetlink(7): addresses of IPv4.
+const ADDRESS_EVENTS: u32 = 1 << (libc::RTNLGRP_IPV4_IFADDR - 1);
 /// Groups of rtnetlink(7): links, routes of IPv4, settings of IPv4 interfaces.
 const ROUTE_EVENTS: u32 =
     1 << (libc::RTNLGRP_LINK - 1) | 1 << (libc::RTNLGRP_IPV4_ROUTE - 1) | 1 << (libc::RTNLGRP_IPV4_NETCONF - 1);
 /// Group of nfnetlink: tables, chains and rules.
 const FILTER_EVENTS: u32 = 1 << (libc::NFNLGRP_NFTABLES - 1);
+/// How long the program behind an uplink may take to connect the hub: it takes some 20 ms.
+const UPLINK_WAIT: Duration = Duration::from_secs(4);
 /// How long changes of the host are gathered before they are looked at.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// Orders that can wait do so up to this number; beyond it they take turns with the others.
@@ -78,6 +84,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) socket: BorrowedFd<'a>,
     /// The data directory.
     pub(crate) directory: BorrowedFd<'a>,
+    /// The network namespace to work in instead of the host's, which an ordinary user may not change: see `uplink`.
+    pub(crate) hub: Option<BorrowedFd<'a>>,
     /// The id of that.
     pub(crate) id: &'a str,
     /// The range that instances are to have; the first free one where none is named.
@@ -113,8 +121,8 @@ fn live(plan: &Plan<'_>) {
     }
     // SAFETY: the line above put both there, nothing else owns the numbers, and the process lives no longer than this function.
     let (socket, directory) = unsafe { (BorrowedFd::borrow_raw(SOCKET), OwnedFd::from_raw_fd(DIRECTORY)) };
-    match become_small(plan) {
-        Ok(()) => serve(plan, socket, directory),
+    match enter_hub(plan).and_then(|beyond| become_small(plan).map(|()| beyond)) {
+        Ok(beyond) => serve(plan, socket, directory, beyond),
         Err(StepError { step, errno }) => {
             // Without a reader nobody wants to know.
             let _ = report(socket, &Report::Unavailable(format!("{step}: {errno}")));
@@ -122,22 +130,44 @@ fn live(plan: &Plan<'_>) {
     }
 }
 
-/// Leaves the socket at [`SOCKET`], the data directory at [`DIRECTORY`], `/dev/null` at 0 and 1 and the log at 2.
+/// Leaves the socket at [`SOCKET`], the data directory at [`DIRECTORY`], the hub at [`HUB`], `/dev/null` at 0 and 1 and the log at 2.
 fn own_descriptors(plan: &Plan<'_>) -> Result<(), StepError> {
     let failed = "place the descriptors of the network process";
     let null = rustix::fs::open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(at(failed))?;
     let mut waiting = Vec::new();
-    for fd in [null.as_fd(), plan.socket, plan.directory] {
+    for fd in [null.as_fd(), plan.socket, plan.directory].into_iter().chain(plan.hub) {
         // Above all fixed numbers first: a number that is placed must not be one that is still to be copied.
         waiting.push(rustix::io::fcntl_dupfd_cloexec(fd, 64).map_err(at(failed))?);
     }
     std::mem::forget(null);
-    for (index, number) in [(0, 0), (0, 1), (1, SOCKET), (2, DIRECTORY)] {
+    let hub = plan.hub.map(|_| (3, HUB));
+    for (index, number) in [(0, 0), (0, 1), (1, SOCKET), (2, DIRECTORY)].into_iter().chain(hub) {
         fds::place(waiting[index].as_fd(), number).map_err(at(failed))?;
     }
     // Closed by number below, along with everything else.
     std::mem::forget(waiting);
-    fds::close_from(DIRECTORY + 1).map_err(at(failed))
+    fds::close_from(if hub.is_some() { HUB + 1 } else { DIRECTORY + 1 }).map_err(at(failed))
+}
+
+/// The host beyond the hub, which is not worked in: its addresses are to be closed, and change.
+struct Beyond {
+    route: Socket,
+    events: Events,
+}
+
+/// Goes over into the hub, if there is one, with an eye left on where it was before.
+fn enter_hub(plan: &Plan<'_>) -> Result<Option<Beyond>, StepError> {
+    if plan.hub.is_none() {
+        return Ok(None);
+    }
+    // SAFETY: `own_descriptors` put it there, and nothing else owns the number.
+    let hub = unsafe { OwnedFd::from_raw_fd(HUB) };
+    // A socket belongs to the network that it is made in.
+    let route = Socket::open(None).map_err(at("make a socket of rtnetlink"))?;
+    let events = Events::open(None, ADDRESS_EVENTS).map_err(at("make a socket of rtnetlink"))?;
+    rustix::thread::move_into_link_name_space(hub.as_fd(), Some(LinkNameSpaceType::Network))
+        .map_err(at("enter the network of the uplink"))?;
+    Ok(Some(Beyond { route, events }))
 }
 
 fn become_small(plan: &Plan<'_>) -> Result<(), StepError> {
@@ -153,9 +183,9 @@ fn become_small(plan: &Plan<'_>) -> Result<(), StepError> {
 }
 
 /// Works for the keeper until it is gone.
-fn serve(plan: &Plan<'_>, keeper: BorrowedFd<'_>, directory: OwnedFd) {
+fn serve(plan: &Plan<'_>, keeper: BorrowedFd<'_>, directory: OwnedFd, beyond: Option<Beyond>) {
     let Some(told) = Told::receive(keeper) else { return };
-    let refusal = match Net::set_up(plan, directory, told) {
+    let refusal = match Net::set_up(plan, directory, told, beyond) {
         Ok(net) => {
             if report(keeper, &Report::Ready(net.range)).is_ok() {
                 net.work(keeper);
@@ -237,6 +267,8 @@ struct Net {
     _lock: OwnedFd,
     route: Socket,
     firewall: Firewall,
+    /// Where this is not the host's network.
+    beyond: Option<Beyond>,
     addresses: Addresses,
     pinned: HashMap<u32, Pinned>,
     policies: HashMap<u32, Policy>,
@@ -252,7 +284,7 @@ struct Net {
 }
 
 impl Net {
-    fn set_up(plan: &Plan<'_>, directory: OwnedFd, told: Told) -> Result<Self, Refusal> {
+    fn set_up(plan: &Plan<'_>, directory: OwnedFd, told: Told, mut beyond: Option<Beyond>) -> Result<Self, Refusal> {
         let lock = host::lock(directory.as_fd()).map_err(|error| lacking("lock the data directory", errno_of(&error)))?;
         let mut record = Record::open(directory).map_err(|error| lacking("read the file net", errno_of(&error)))?;
         let mut route = Socket::open(None).map_err(|errno| lacking("a socket of rtnetlink", errno))?;
@@ -261,8 +293,14 @@ impl Net {
             clean_up(&mut record, &mut route, plan.id, plan.log);
         }
         probe(&mut route)?;
+        let mut hidden = BTreeSet::new();
+        if let Some(beyond) = &mut beyond {
+            await_uplink(&mut route)?;
+            hidden = beyond.addresses().map_err(|errno| lacking("list the addresses of the host", errno))?;
+        }
         let range = claim(&mut route, &mut record, plan)?;
-        let firewall = Firewall::open(plan.id, range)?;
+        let mut firewall = Firewall::open(plan.id, range)?;
+        firewall.hide(hidden, beyond.is_some().then_some(Range::network(uplink::NETWORK.0, uplink::NETWORK.1)));
         let mut net = Self {
             log: plan.log,
             name,
@@ -271,6 +309,7 @@ impl Net {
             _lock: lock,
             route,
             firewall,
+            beyond,
             addresses: Addresses::new(range),
             pinned: HashMap::new(),
             policies: told.policies,
@@ -341,12 +380,17 @@ impl Net {
         loop {
             let idle = self.plugs.is_empty() && self.later.is_empty();
             let wait = if idle { self.look_again.map(until) } else { Some(Timespec::default()) };
-            let mut polled = [keeper, route.fd(), filter.fd()].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+            // The same one twice does no harm.
+            let beyond = self.beyond.as_ref().map_or(route.fd(), |beyond| beyond.events.fd());
+            let mut polled = [keeper, route.fd(), filter.fd(), beyond].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
             match rustix::event::poll(&mut polled, wait.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(_) => break,
             }
-            let [orders, routes, filters] = polled.map(|polled| !polled.revents().is_empty());
+            let [orders, routes, filters, addresses] = polled.map(|polled| !polled.revents().is_empty());
+            if addresses {
+                self.look_beyond();
+            }
             if orders && self.read(keeper).is_none() {
                 break;
             }
@@ -493,6 +537,19 @@ impl Net {
         self.addresses.give_back(network);
     }
 
+    /// The host has other addresses: those are the ones that are closed now.
+    fn look_beyond(&mut self) {
+        let Some(beyond) = &mut self.beyond else { return };
+        beyond.events.clear();
+        let changed = match beyond.addresses() {
+            Ok(addresses) => self.firewall.rehide(addresses),
+            Err(errno) => return self.say(format!("the addresses of the host cannot be listed: {errno}")),
+        };
+        if let Err(Failed { what, errno }) = changed {
+            self.say(format!("nf_tables refuses {what}: {errno}"));
+        }
+    }
+
     /// Looks at the host again: interfaces that forward for us, tables that would drop our packets.
     fn look(&mut self) {
         let seen = link::interfaces(&mut self.route).and_then(|interfaces| Ok((interfaces, link::routes(&mut self.route)?)));
@@ -580,6 +637,37 @@ impl Net {
     fn put_back(self) {
         let Self { mut record, mut route, mut firewall, name, range, log, .. } = self;
         undo(&mut record, &mut route, &mut firewall, &name, range, log);
+    }
+}
+
+impl Beyond {
+    fn addresses(&mut self) -> Result<BTreeSet<Ipv4Addr>, Errno> {
+        Ok(link::addresses(&mut self.route)?.into_iter().map(|(address, _)| address).collect())
+    }
+}
+
+/// Waits until the hub has a way out.
+fn await_uplink(route: &mut Socket) -> Result<(), Refusal> {
+    let failed = |errno| lacking("list the routes of the uplink", errno);
+    let events = Events::open(None, ROUTE_EVENTS).map_err(failed)?;
+    let deadline = Instant::now() + UPLINK_WAIT;
+    loop {
+        events.clear();
+        let routes = link::routes(route).map_err(failed)?;
+        if routes.iter().any(|route| route.prefix == 0 && route.kind == libc::RTN_UNICAST) {
+            return Ok(());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(Refusal::Lacking(
+                "the uplink has no way out: what pasta or slirp4netns says of it stands above".to_owned(),
+            ));
+        }
+        let mut polled = [PollFd::from_borrowed_fd(events.fd(), PollFlags::IN)];
+        match rustix::event::poll(&mut polled, Some(&until(Instant::now() + left))) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(failed(errno)),
+        }
     }
 }
 

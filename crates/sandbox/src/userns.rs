@@ -77,11 +77,19 @@ pub fn make(ids: impl Into<IdRange>) -> Result<OwnedFd, StepError> {
 ///
 /// A namespace needs a process to be born in: one is cloned for it, and reaped before this returns.
 pub(crate) fn make_with<E: From<StepError>>(write: impl FnOnce(i32) -> Result<(), E>) -> Result<OwnedFd, E> {
-    let child = Sleeper::spawn()?;
+    let child = Sleeper::spawn(libc::CLONE_NEWUSER)?;
     write(child.pid)?;
     let path = format!("/proc/{}/ns/user", child.pid);
     let namespace =
         std::fs::File::open(path).map_err(|error| StepError { step: "open a new user namespace", errno: errno_of(&error) })?;
+    Ok(namespace.into())
+}
+
+/// Makes a namespace of another kind (`CLONE_NEW*`), and returns its descriptor (what `/proc/PID/ns/NAME` is). In the same way.
+pub(crate) fn namespace_of_child(kind: i32, name: &str) -> Result<OwnedFd, StepError> {
+    let child = Sleeper::spawn(kind)?;
+    let namespace = std::fs::File::open(format!("/proc/{}/ns/{name}", child.pid))
+        .map_err(|error| StepError { step: "open a new namespace", errno: errno_of(&error) })?;
     Ok(namespace.into())
 }
 
@@ -223,18 +231,18 @@ fn effective(id: Uid) -> Result<(), Errno> {
     rustix::thread::set_thread_res_uid(None, id, None)
 }
 
-/// A child in a new user namespace that does nothing; killed and reaped when dropped.
+/// A child in a new namespace that does nothing; killed and reaped when dropped.
 struct Sleeper {
     pid: i32,
     pidfd: OwnedFd,
 }
 
 impl Sleeper {
-    fn spawn() -> Result<Self, StepError> {
+    fn spawn(namespace: i32) -> Result<Self, StepError> {
         let parent = rustix::process::getpid().as_raw_pid();
         // SAFETY: the child makes raw system calls only, so that it needs no lock which another thread might have held, and does not
         // return from the function that it enters.
-        match unsafe { clone3(libc::CLONE_NEWUSER) }.map_err(at("clone a process in a new user namespace"))? {
+        match unsafe { clone3(namespace) }.map_err(at("clone a process in a new namespace"))? {
             Cloned::Child => sleep_until_killed(parent),
             Cloned::Parent { pid, pidfd } => Ok(Self { pid, pidfd }),
         }

@@ -66,8 +66,15 @@ pub(crate) const VM: &[Tool] = &[
 ];
 
 /// For `bench`.
-pub(crate) const BENCH: &[Tool] =
-    &[tool("/bin/busybox", "busybox-static"), tool("runc", "runc"), tool("nginx", "nginx-light"), tool("wrk", "wrk")];
+pub(crate) const BENCH: &[Tool] = &[
+    tool("/bin/busybox", "busybox-static"),
+    tool("runc", "runc"),
+    tool("nginx", "nginx-light"),
+    tool("wrk", "wrk"),
+    tool("newuidmap", "uidmap"),
+    tool("setpriv", "util-linux"),
+    tool("pasta", "passt"),
+];
 
 /// Debian asks this program before it starts a service (invoke-rc.d(8)).
 const POLICY: &str = "/usr/sbin/policy-rc.d";

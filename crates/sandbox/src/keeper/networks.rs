@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use rustix::net::RecvFlags;
 
 use super::link::Link;
+use super::uplink::Uplink;
 use super::{Keeper, KeeperError, Requester, TOKEN_NET, TOKEN_NET_END, TURN_MESSAGES};
 use crate::fds::{self, Fds};
 use crate::net::resolver::Resolver;
@@ -337,6 +338,12 @@ impl Keeper {
         if !self.networks.settings.on {
             return;
         }
+        if self.mode.is_rootless()
+            && let Err(why) = self.open_uplink()
+        {
+            self.log(&format!("functions have no network besides their own loopback: {why}"));
+            return self.without_networks();
+        }
         let resolver = Resolver::find(&self.networks.settings.resolvers);
         if resolver.is_public {
             let servers: Vec<String> = resolver.servers.iter().map(ToString::to_string).collect();
@@ -363,6 +370,7 @@ impl Keeper {
         let plan = Plan {
             socket: theirs.as_fd(),
             directory: directory.as_fd(),
+            hub: self.uplink.as_ref().map(Uplink::hub),
             id: &self.data.id,
             wanted: self.networks.settings.range,
             resumed: self.networks.range,

@@ -12,6 +12,7 @@
 //! Interfaces of ours are known by their group, which is the first address of the server's range: tables of several servers leave each
 //! other's alone. A verdict to drop is final, one to accept is not: other tables of the host have their say too.
 
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 use funtainer_model::{EgressRule, Protocol};
@@ -45,9 +46,10 @@ const PINS: Set = Set { name: "pins", types: &[INDEX, HARDWARE_ADDRESS, ADDRESS]
 const RESOLVERS: Set = Set { name: "resolvers", types: &[INDEX, ADDRESS], key_bytes: 8, kind: SetKind::Plain };
 const RULES: Set = Set { name: "rules", types: &[INDEX], key_bytes: 4, kind: SetKind::Verdicts };
 const CLOSED: Set = Set { name: "closed", types: &[ADDRESS], key_bytes: 4, kind: SetKind::Ranges };
+const HIDDEN: Set = Set { name: "hidden", types: &[ADDRESS], key_bytes: 4, kind: SetKind::Plain };
 const FORWARDING: Set = Set { name: "forwarding", types: &[INDEX], key_bytes: 4, kind: SetKind::Plain };
 const CONNECTIONS: Set = Set { name: "connections", types: &[INDEX], key_bytes: 4, kind: SetKind::Counted(COUNTED_MAX) };
-const SETS: [Set; 6] = [PINS, RESOLVERS, RULES, CLOSED, FORWARDING, CONNECTIONS];
+const SETS: [Set; 7] = [PINS, RESOLVERS, RULES, CLOSED, HIDDEN, FORWARDING, CONNECTIONS];
 
 /// What the instances of a revision may reach.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,6 +85,9 @@ pub(super) struct Firewall {
     socket: Socket,
     table: Table,
     range: Range,
+    /// Addresses of the host where the table is in another network than the host's, and the network between the two.
+    hidden: BTreeSet<Ipv4Addr>,
+    between: Option<Range>,
 }
 
 /// Changes with what they are about, for errors.
@@ -119,7 +124,31 @@ pub(super) fn group(range: Range) -> u32 {
 impl Firewall {
     pub(super) fn open(id: &str, range: Range) -> Result<Self, Failed> {
         let socket = nft::open().map_err(|errno| Failed { what: "a socket to the packet filter", errno })?;
-        Ok(Self { socket, table: table(id), range })
+        Ok(Self { socket, table: table(id), range, hidden: BTreeSet::new(), between: None })
+    }
+
+    /// For a table that is not in the host's own network: the host's addresses, which are closed as they are there, and the network between
+    /// the two. Before the table is made.
+    pub(super) fn hide(&mut self, hidden: BTreeSet<Ipv4Addr>, between: Option<Range>) {
+        (self.hidden, self.between) = (hidden, between);
+    }
+
+    /// The host has other addresses.
+    pub(super) fn rehide(&mut self, hidden: BTreeSet<Ipv4Addr>) -> Result<(), Failed> {
+        let mut changes = Changes::default();
+        let gone: Vec<Element> = self.hidden.difference(&hidden).copied().map(address).collect();
+        let come: Vec<Element> = hidden.difference(&self.hidden).copied().map(address).collect();
+        if !gone.is_empty() {
+            changes.add(HIDDEN.name, self.table.delete_elements(HIDDEN.name, &gone));
+        }
+        if !come.is_empty() {
+            changes.add(HIDDEN.name, self.table.add_elements(HIDDEN.name, &come));
+        }
+        if !changes.messages.is_empty() {
+            changes.carry_out(&mut self.socket)?;
+        }
+        self.hidden = hidden;
+        Ok(())
     }
 
     pub(super) fn socket(&mut self) -> &mut Socket {
@@ -142,6 +171,10 @@ impl Firewall {
             changes.add(set.name, self.table.add_set(set, number));
         }
         changes.add(CLOSED.name, self.table.add_elements(CLOSED.name, &self.closed()));
+        if !self.hidden.is_empty() {
+            let hidden: Vec<Element> = self.hidden.iter().copied().map(address).collect();
+            changes.add(HIDDEN.name, self.table.add_elements(HIDDEN.name, &hidden));
+        }
         self.put_chains(&mut changes);
         // They lead to chains, and elements lead to them.
         for (number, policy) in policies {
@@ -262,7 +295,9 @@ impl Firewall {
             rule("a rule by port", "leaving", &[&to_resolver(protocol), &accept()]);
         }
         rule("the kind of an address (fib)", "leaving", &[&unlike_unicast(), &jump("refused")]);
-        rule("a rule by address", "leaving", &[&ipv4(), &[destination(), set(&CLOSED)], &jump("refused")]);
+        for closed in [&CLOSED, &HIDDEN] {
+            rule("a rule by address", "leaving", &[&ipv4(), &[destination(), set(closed)], &jump("refused")]);
+        }
 
         rule("the state of a connection (ct)", "input", &[&from_ours(), &destination_changed(), &accept()]);
         rule("a rule by interface", "input", &[&from_ours(), &[meta(Meta::In), Expression::Map { set: RULES.name }]]);
@@ -290,7 +325,11 @@ impl Firewall {
 
     /// Everything that no wide rule opens: metadata, and the addresses of other instances.
     fn closed(&self) -> Vec<Element> {
-        let all = METADATA.into_iter().map(|(address, prefix)| Range::network(address, prefix)).chain([self.range]);
+        let all = METADATA
+            .into_iter()
+            .map(|(address, prefix)| Range::network(address, prefix))
+            .chain([self.range])
+            .chain(self.between);
         let ends = all.flat_map(|range| {
             let start = Element::of(range.base().octets().to_vec());
             let behind = range.base().to_bits() | !range.mask().to_bits();
@@ -343,6 +382,10 @@ fn elements<'a>(pinned: impl Iterator<Item = &'a Pinned>) -> Vec<(&'static str, 
     all.into_iter().filter(|(_, elements)| !elements.is_empty()).collect()
 }
 
+fn address(address: Ipv4Addr) -> Element {
+    Element::of(address.octets().to_vec())
+}
+
 fn indexes(indexes: &[u32]) -> Vec<Element> {
     indexes.iter().map(|index| Element::of(index.to_ne_bytes().to_vec())).collect()
 }
@@ -359,7 +402,9 @@ fn opened(rule: &EgressRule) -> Vec<Vec<Expression>> {
     }
     if !is_named {
         common.extend([Expression::DestinationKind, equal(&unicast())]);
-        common.extend([destination(), Expression::Lookup { set: CLOSED.name, inverted: true }]);
+        for closed in [&CLOSED, &HIDDEN] {
+            common.extend([destination(), Expression::Lookup { set: closed.name, inverted: true }]);
+        }
     }
     let protocols: &[Option<i32>] = match (rule.protocol(), rule.ports()) {
         (Some(Protocol::Tcp), _) => &[Some(libc::IPPROTO_TCP)],

@@ -114,6 +114,7 @@ impl<'scope> Process<'scope> {
         let opened: OwnedFd = std::fs::File::open(directory).expect("a directory").into();
         let thread = scope.spawn(move || {
             let plan = Plan {
+                hub: None,
                 socket: socket.as_fd(),
                 directory: opened.as_fd(),
                 id: ID,
@@ -122,7 +123,7 @@ impl<'scope> Process<'scope> {
                 title: Title::nowhere(),
                 log: say,
             };
-            serve(&plan, socket.as_fd(), opened.try_clone().expect("a descriptor"));
+            serve(&plan, socket.as_fd(), opened.try_clone().expect("a descriptor"), None);
         });
         let process = Self { keeper, thread };
         for order in told.iter().chain([&Order::SetUp]) {

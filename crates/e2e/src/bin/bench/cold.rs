@@ -35,38 +35,52 @@ pub(crate) struct Cold {
     pub(crate) stdio: Samples,
     /// The same after 100 ms of quiet.
     pub(crate) stdio_quiet: Samples,
+    /// As `zygote`, on the server of an ordinary user.
+    pub(crate) rootless: Samples,
+    /// The same after 100 ms of quiet.
+    pub(crate) rootless_quiet: Samples,
     /// `runc run` of the same server until its first answer.
     pub(crate) runc: Samples,
 }
 
 /// Takes turns until every row has its rounds.
-pub(crate) fn measure(server: &Server, home: &Path, plan: &Plan) -> Result<Cold> {
-    server.import(&catalog::hello()?, "hello:bench")?;
+pub(crate) fn measure(server: &Server, rootless: &Server, home: &Path, plan: &Plan) -> Result<Cold> {
     server.import(&catalog::busybox(&["/bin/cat"])?, "cat:bench")?;
-    server.ok(["deploy", "hello", "--image", "hello:bench"])?;
+    for server in [server, rootless] {
+        server.import(&catalog::hello()?, "hello:bench")?;
+        server.ok(["deploy", "hello", "--image", "hello:bench"])?;
+    }
+    let servers = Servers { root: server, user: rootless };
     server.ok(["deploy", "cat", "--image", "cat:bench", "--contract", "stdio"])?;
     let mut runc = Runc::prepare(home)?;
     let mut cold = Cold::default();
     // Once each, so that files are in the page cache and the first zygotes are there.
     for turn in 0..TURNS {
-        take(turn, server, &mut runc, &mut Cold::default())?;
+        take(turn, &servers, &mut runc, &mut Cold::default())?;
     }
     for round in 0..plan.cold_rounds {
         for turn in 0..TURNS {
             // Another row is the first in each round, and follows another one.
             let turn = (turn + round) % TURNS;
             if turn != ABSENT_TURN || round % ABSENT_EVERY == 0 {
-                take(turn, server, &mut runc, &mut cold)?;
+                take(turn, &servers, &mut runc, &mut cold)?;
             }
         }
     }
     Ok(cold)
 }
 
-const TURNS: usize = 6;
+/// Root's, and an ordinary user's.
+struct Servers<'a> {
+    root: &'a Server,
+    user: &'a Server,
+}
+
+const TURNS: usize = 8;
 const ABSENT_TURN: usize = 2;
 
-fn take(turn: usize, server: &Server, runc: &mut Runc, cold: &mut Cold) -> Result<()> {
+fn take(turn: usize, servers: &Servers<'_>, runc: &mut Runc, cold: &mut Cold) -> Result<()> {
+    let Servers { root: server, user } = servers;
     match turn {
         0 => {
             scale(server, "hello", 0)?;
@@ -86,6 +100,15 @@ fn take(turn: usize, server: &Server, runc: &mut Runc, cold: &mut Cold) -> Resul
         4 => {
             thread::sleep(QUIET);
             cold.stdio_quiet.add(call(server, "/function/cat", b"to standard input\n", "to standard input\n"));
+        }
+        5 => {
+            scale(user, "hello", 0)?;
+            cold.rootless.add(call(user, "/function/hello", b"", "hello, world\n"));
+        }
+        6 => {
+            scale(user, "hello", 0)?;
+            thread::sleep(QUIET);
+            cold.rootless_quiet.add(call(user, "/function/hello", b"", "hello, world\n"));
         }
         _ => cold.runc.add(runc.run()),
     }

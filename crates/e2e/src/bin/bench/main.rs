@@ -19,6 +19,7 @@ use clap::Parser;
 use funtainer_e2e::leak::Scope;
 use funtainer_e2e::paths;
 use funtainer_e2e::server::{COMMAND_LIMIT, Places, Server};
+use funtainer_e2e::user::{Subordinate, User};
 
 use report::Report;
 
@@ -78,7 +79,11 @@ fn measure() -> Result<()> {
     let server = Server::start(&places, "127.0.0.1:0", Some(&scope))?;
 
     note("cold calls");
-    let cold = cold::measure(&server, home.path(), &plan)?;
+    let user = User::create(Subordinate::Usual)?.with_tun()?;
+    let rootless = Server::start_as(&user, "127.0.0.1:0", None, &[])?;
+    let cold = cold::measure(&server, &rootless, home.path(), &plan)?;
+    let status = rootless.stop()?;
+    anyhow::ensure!(status.success(), "funtainer serve of an ordinary user ended with {status}");
     note("warm throughput");
     let warm = warm::measure(&server, home.path(), &plan)?;
     note("a neighbour beside bombs");

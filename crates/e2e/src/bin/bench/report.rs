@@ -111,6 +111,8 @@ impl Report {
             ("http, no zygote", &cold.no_zygote),
             ("stdio", &cold.stdio),
             ("stdio, after 100 ms of quiet", &cold.stdio_quiet),
+            ("http, without root", &cold.rootless),
+            ("http, without root, after 100 ms of quiet", &cold.rootless_quiet),
             ("`runc run` of the same server, host network", &cold.runc),
         ] {
             let [p10, p50, p95, p99, max] = [10.0, 50.0, 95.0, 99.0, 100.0].map(|percent| samples.percentile(percent));
@@ -169,7 +171,8 @@ impl Report {
     fn targets(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let cold = &self.cold;
         let (p50, runc) = (cold.zygote.percentile(50.0), cold.runc.percentile(50.0));
-        let rows = [&cold.zygote, &cold.quiet, &cold.no_zygote, &cold.stdio, &cold.stdio_quiet];
+        let rows =
+            [&cold.zygote, &cold.quiet, &cold.no_zygote, &cold.stdio, &cold.stdio_quiet, &cold.rootless, &cold.rootless_quiet];
         let failed: usize = rows.iter().map(|samples| samples.failed).sum();
         let Neighbour { alone, beside } = &self.neighbour;
         let worst = beside.iter().map(|(_, samples)| samples.percentile(95.0)).fold(f64::NAN, f64::max);
@@ -180,6 +183,7 @@ impl Report {
             ("cold p95 to cold p50", 4.0, cold.zygote.percentile(95.0) / p50),
             ("cold after quiet to cold, p50", 2.0, cold.quiet.percentile(50.0) / p50),
             ("stdio p50 to `runc run` p50", 0.25, cold.stdio.percentile(50.0) / runc),
+            ("cold without root to cold, p50", 1.5, cold.rootless.percentile(50.0) / p50),
             ("nginx throughput to warm throughput", 1.0 / 0.9, 1.0 / self.warm.funtainer.to_nginx),
             ("a neighbour's p95 beside the worst bomb to alone", 2.0, worst / alone.percentile(95.0)),
             ("platform's share of an idle instance, MiB", 1.5, self.memory.platform_kib / 1024.0),
