@@ -4,7 +4,7 @@ use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::io::Errno;
-use rustix::process::{Gid, Uid};
+use rustix::process::{Gid, Pid, Signal, Uid};
 use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 
 use crate::clone::{Cloned, clone3};
@@ -204,6 +204,8 @@ pub fn not_dumpable() -> Result<(), StepError> {
 pub(crate) struct Owner {
     former: Uid,
     bits: CapabilitiesSecureBits,
+    /// With whom, and by which signal, this process is to end: a change of ids makes the kernel forget it (prctl(2), PR_SET_PDEATHSIG).
+    parent: (Option<Pid>, Option<Signal>),
 }
 
 impl Owner {
@@ -212,7 +214,8 @@ impl Owner {
         let bits = rustix::thread::capabilities_secure_bits()?;
         // Without the bit a change of ids takes the capabilities away.
         rustix::thread::set_capabilities_secure_bits(bits | CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
-        let owner = Self { former: rustix::process::geteuid(), bits };
+        let parent = (rustix::process::getppid(), rustix::process::parent_process_death_signal()?);
+        let owner = Self { former: rustix::process::geteuid(), bits, parent };
         effective(Uid::from_raw(id))?;
         Ok(owner)
     }
@@ -223,6 +226,13 @@ impl Drop for Owner {
         // Neither is refused to a process that has its capabilities.
         let back = effective(self.former).and_then(|()| rustix::thread::set_capabilities_secure_bits(self.bits));
         assert!(back.is_ok(), "the ids of the keeper cannot be restored: {back:?}");
+        let (parent, Some(signal)) = self.parent else { return };
+        let watched = rustix::process::set_parent_process_death_signal(Some(signal));
+        assert!(watched.is_ok(), "the parent-death signal cannot be set again: {watched:?}");
+        // A parent that died meanwhile sent none. Fails for no process that lives.
+        if rustix::process::getppid() != parent {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), signal);
+        }
     }
 }
 
@@ -301,6 +311,17 @@ mod tests {
         let own = "         0       1000          1\n         1     100000      65536\n";
         assert_eq!((outer_of(0, own), outer_of(2, own)), (1000, 100_001));
         assert_eq!((outer_of(70_000, own), outer_of(70_000, "no map")), (70_000, 70_000));
+    }
+
+    #[test]
+    fn who_was_another_owner_still_ends_with_its_parent() {
+        need_root();
+        run(0, || {
+            rustix::process::set_parent_process_death_signal(Some(Signal::TERM)).map_err(at("set the signal"))?;
+            drop(Owner::assume(TEST_BASE).map_err(at("become another owner"))?);
+            let signal = rustix::process::parent_process_death_signal().map_err(at("look at the signal"))?;
+            ensure(signal == Some(Signal::TERM) && rustix::process::geteuid().is_root(), "all is as before")
+        });
     }
 
     #[test]
