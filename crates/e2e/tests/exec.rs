@@ -145,6 +145,24 @@ fn a_command_has_the_limits_of_its_instance() -> Result<()> {
         server.deploy("f", &image, &["--min", "1", "--pids", "12", "--memory", "64M", "--open-files", "100"])?;
         let sh = |script: &str| server.cli(["exec", "f", "--", "sh", "-c", script]);
         ensure!(sh("ulimit -n; ulimit -c")?.out() == "100\n0\n", "{:?}", sh("ulimit -n; ulimit -c")?);
+        // Filled up, it takes no more; once something ends it does. Beside init and server nine processes leave room for one, and a command that
+        // begins takes two. (A shell that fills it in one go would end itself at the first fork that fails.)
+        let sleeps =
+            |count| wait::until_true("all of them sleep", LIMIT, || Ok(processes_with("sleep\x0076595\x00")? == count));
+        let first = server.begin(["exec", "f", "--", "sleep", "76595"])?;
+        sleeps(1)?;
+        for count in 2..=9 {
+            // Again where what began the one before is not reaped yet.
+            wait::until_true("one more begins", LIMIT, || Ok(sh("sleep 76595 > /dev/null 2>&1 < /dev/null &")?.code()? == 0))?;
+            sleeps(count)?;
+        }
+        wait::until_true("it is full", LIMIT, || {
+            let said = server.cli(["exec", "f", "--", "true"])?;
+            Ok(said.code()? == 125 && said.err().contains("hint: end some of them, or deploy with a larger --pids"))
+        })?;
+        first.signal(Signal::INT)?;
+        first.finish(LIMIT)?;
+        wait::until_true("it takes commands again", LIMIT, || Ok(server.cli(["exec", "f", "--", "true"])?.code()? == 0))?;
         // Memory is the instance's: who takes too much of it is killed, or all of it is.
         let said = sh("dd if=/dev/zero of=/dev/null bs=200M count=1")?;
         ensure!(said.code()? != 0, "{said:?}");
@@ -480,6 +498,13 @@ fn run_does_without_a_server() -> Result<()> {
         let said =
             process::run(&mut lonely(world, &elsewhere, &["run", "--data", "/dev/null/x", "sh:1"])?, b"", COMMAND_LIMIT)?;
         ensure!(said.code()? == 125 && said.err().contains("/dev/null/x"), "{said:?}");
+        // An ordinary user's own place is looked for first: one that he may not use is named, with the way out.
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]).arg(paths::funtainer()?);
+        command.args(["run", "x:1"]).env("FUNTAINER_HOST", "unix:///nowhere/admin.sock").env("HOME", "/root");
+        let said = process::run(command.env_remove("XDG_DATA_HOME"), b"", COMMAND_LIMIT)?;
+        let told = said.err().contains("/root/.local/share/funtainer") && said.err().contains("--data");
+        ensure!(said.code()? == 125 && told, "{said:?}");
         Ok(())
     })
 }
