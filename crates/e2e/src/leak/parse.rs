@@ -210,12 +210,16 @@ mod tests {
         assert!(process(i32::MAX).unwrap().is_none());
     }
 
+    /// In a network of its own: elsewhere another process can listen on the port as soon as it is free.
     #[test]
     fn listeners_are_seen_while_they_are_there() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        assert!(listening_ports().unwrap().contains(&port));
-        drop(listener);
-        assert!(!listening_ports().unwrap().contains(&port));
+        let seen = crate::network::Namespace::make().unwrap().run(|| {
+            let listener = std::net::TcpListener::bind("0.0.0.0:0")?;
+            let port = listener.local_addr()?.port();
+            let before = listening_ports()?.contains(&port);
+            drop(listener);
+            Ok((before, listening_ports()?.contains(&port)))
+        });
+        assert_eq!(seen.unwrap(), (true, false));
     }
 }
