@@ -81,6 +81,19 @@ impl ExitReport {
     /// What to do where an instance has failed and its writable layer was full.
     pub const WRITABLE_FULL_HINT: &str = "its writable layer was full, for bytes or for files: give it more room with --writable, and as much --memory, or write less";
 
+    /// Waits until the instance is reaped. [`Exit::Lost`], and nothing else known, where who would tell it is gone.
+    pub async fn of(exit: &mut ExitFuture) -> Self {
+        let known = exit.wait_for(Option::is_some).await.ok().and_then(|report| report.clone());
+        known.unwrap_or_else(|| Self {
+            exit: Exit::Lost,
+            out_of_memory: false,
+            writable_full: false,
+            memory_peak: None,
+            cpu_us: None,
+            stderr_tail: Bytes::new(),
+        })
+    }
+
     /// What it used, and what it had too little of, in brackets behind a sentence about its end; empty where nothing is known.
     pub fn usage(&self) -> String {
         let memory = self.memory_peak.map(|bytes| format!("memory peak {}M", bytes.div_ceil(1 << 20)));

@@ -53,7 +53,7 @@ pub struct Streams {
 
 /// Gives the call to a command that was just executed, and returns once its answer has begun. Needs a runtime with I/O and time.
 /// Dropping the future or the answer closes the streams; ending the command is its owner's part.
-pub async fn invoke(call: Call, streams: Streams, exit: ExitFuture) -> Result<Answer, InvokeError> {
+pub async fn invoke(call: Call, streams: Streams, mut exit: ExitFuture) -> Result<Answer, InvokeError> {
     let Call { id, request } = call;
     let (stdin, stdout) = match open(streams) {
         Ok(pipes) => pipes,
@@ -63,7 +63,7 @@ pub async fn invoke(call: Call, streams: Streams, exit: ExitFuture) -> Result<An
         id,
         input: Input::new(request.into_body(), stdin),
         stdout: Some(stdout),
-        exit: Ended::Waiting(Box::pin(ended(exit))),
+        exit: Ended::Waiting(Box::pin(async move { ExitReport::of(&mut exit).await })),
         held: BytesMut::new(),
         finished: false,
     });
@@ -100,18 +100,6 @@ struct Input {
 
 fn open(streams: Streams) -> io::Result<(pipe::Sender, pipe::Receiver)> {
     Ok((pipe::Sender::from_owned_fd(streams.stdin)?, pipe::Receiver::from_owned_fd(streams.stdout)?))
-}
-
-async fn ended(mut exit: ExitFuture) -> ExitReport {
-    let known = exit.wait_for(Option::is_some).await.ok().and_then(|report| report.clone());
-    known.unwrap_or_else(|| ExitReport {
-        exit: Exit::Lost,
-        out_of_memory: false,
-        writable_full: false,
-        memory_peak: None,
-        cpu_us: None,
-        stderr_tail: Bytes::new(),
-    })
 }
 
 fn respond(mut output: Box<Output>, complete: bool) -> Response<AnswerBody> {

@@ -1,8 +1,8 @@
 //! The server that tests put into images: each path shows or does one thing.
 
+mod appetite;
 #[path = "../../../examples/hello/http.rs"]
 mod http;
-mod appetite;
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};

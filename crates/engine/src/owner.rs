@@ -378,15 +378,7 @@ impl Owner {
 
 /// Waits until the instance is reaped.
 pub(crate) async fn ended(mut exit: ExitFuture) -> ExitReport {
-    let lost = || ExitReport {
-        exit: Exit::Lost,
-        out_of_memory: false,
-        writable_full: false,
-        memory_peak: None,
-        cpu_us: None,
-        stderr_tail: bytes::Bytes::new(),
-    };
-    exit.wait_for(Option::is_some).await.ok().and_then(|report| report.clone()).unwrap_or_else(lost)
+    ExitReport::of(&mut exit).await
 }
 
 fn unexpected_exit(instance: InstanceId, report: &ExitReport) -> Failure {

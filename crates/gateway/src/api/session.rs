@@ -154,7 +154,7 @@ async fn relay<W: AsyncWrite + Unpin>(
             error = &mut input => return Ended::Connection(error),
             bytes = stdout.next() => (bytes, Frame::Stdout),
             bytes = stderr.next() => (bytes, Frame::Stderr),
-            ended = reaped(exit), if report.is_none() => {
+            ended = ExitReport::of(exit), if report.is_none() => {
                 report = Some(ended);
                 rest.as_mut().reset(tokio::time::Instant::now() + REST_TIME);
                 continue;
@@ -319,20 +319,6 @@ impl<'a> Input<'a> {
         {
             *pipe = None;
         }
-    }
-}
-
-async fn reaped(exit: &mut ExitFuture) -> ExitReport {
-    match exit.wait_for(Option::is_some).await.as_deref() {
-        Ok(Some(report)) => report.clone(),
-        _ => ExitReport {
-            exit: Exit::Lost,
-            out_of_memory: false,
-            writable_full: false,
-            memory_peak: None,
-            cpu_us: None,
-            stderr_tail: Bytes::new(),
-        },
     }
 }
 

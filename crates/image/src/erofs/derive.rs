@@ -3,7 +3,7 @@
 //! An archive may use a directory that it does not have (`app/file` without `app/`). Unpacked over the layers below, as the OCI image
 //! specification, "Applying Changesets", has it, such a directory is theirs: with their owner and mode, and where they have a symbolic link
 //! to a directory in its place, behind that link. A layer is written before it is known what lies below, since one layer is
-//! shared by many images: there an implied directory is a directory of its own, which carries a mark. [`derive`] makes the second form that
+//! shared by many images: there an implied directory is a directory of its own, which carries a mark. [`derive()`] makes the second form that
 //! is right over certain layers, and only where it differs: content is copied as it lies, the metadata behind it is written anew.
 //!
 //! Where a path through a link and a direct path lead to one name, the direct one stands: the order of the archive is not known any more.

@@ -49,7 +49,7 @@ pub struct Superblock {
     pub blocks: u32,
     /// Block where the metadata begins. From there to the end, all is metadata.
     pub metadata_block: u32,
-    /// Whether some directories are there only because the archive has something in them ([`super::derive`]).
+    /// Whether some directories are there only because the archive has something in them ([`super::derive()`]).
     pub implied: bool,
 }
 

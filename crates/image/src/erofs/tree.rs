@@ -2,7 +2,7 @@
 //! Changeset". Only names and metadata are held; content is written as it comes.
 //!
 //! Each layer is written without the ones below it. A directory that the archive uses but does not have gets mode 0755 and owner 0:0, and is
-//! marked as implied: where a lower layer has it with others, or has a symbolic link there, [`super::derive`] makes a second form of the
+//! marked as implied: where a lower layer has it with others, or has a symbolic link there, [`super::derive()`] makes a second form of the
 //! layer that fits.
 
 use std::collections::{BTreeMap, BTreeSet};

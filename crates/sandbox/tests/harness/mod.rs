@@ -244,17 +244,27 @@ impl Client {
         event
     }
 
-    /// Waits for the end of an instance and acknowledges it.
-    pub fn exit_of(&mut self, id: InstanceId) -> ExitRecord {
+    /// Waits for an event of which something is wanted; those before it are kept.
+    fn event_that<T>(&mut self, wanted: impl Fn(&Reply) -> Option<T>) -> T {
         let mut others = VecDeque::new();
-        let exit = loop {
-            match self.event() {
-                Reply::Exited { instance, exit } if instance == id => break exit,
-                other => others.push_back(other),
+        let found = loop {
+            let event = self.event();
+            match wanted(&event) {
+                Some(found) => break found,
+                None => others.push_back(event),
             }
         };
         others.append(&mut self.events);
         self.events = others;
+        found
+    }
+
+    /// Waits for the end of an instance and acknowledges it.
+    pub fn exit_of(&mut self, id: InstanceId) -> ExitRecord {
+        let exit = self.event_that(|event| match event {
+            Reply::Exited { instance, exit } if *instance == id => Some(*exit),
+            _ => None,
+        });
         assert_eq!(self.ask(&Request::AcknowledgeExit { instance: id }), Reply::Done);
         exit
     }
@@ -310,16 +320,10 @@ impl Client {
 
     /// Waits for the end of a command.
     pub fn end_of_exec(&mut self, id: ExecId) -> Option<i32> {
-        let mut others = VecDeque::new();
-        let status = loop {
-            match self.event() {
-                Reply::ExecEnded { exec, status } if exec == id => break status,
-                other => others.push_back(other),
-            }
-        };
-        others.append(&mut self.events);
-        self.events = others;
-        status
+        self.event_that(|event| match event {
+            Reply::ExecEnded { exec, status } if *exec == id => Some(*status),
+            _ => None,
+        })
     }
 
     /// Starts an instance whose streams are a call's.
